@@ -1,0 +1,11 @@
+// Package thing is a noun that touches the disk.
+// breaks: layer, module
+package thing
+
+import (
+	_ "os"
+
+	_ "golang.org/x/sys/unix"
+	_ "github.com/gantryd/gantry/core/other"
+	_ "github.com/gantryd/gantry/internal/engine/a"
+)

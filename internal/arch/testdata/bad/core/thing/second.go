@@ -1,0 +1,3 @@
+// Package thing has a second comment.
+// breaks: package comment
+package thing

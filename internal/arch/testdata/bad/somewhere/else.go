@@ -1,0 +1,3 @@
+// Package somewhere stands in no room.
+// breaks: layer
+package somewhere
