@@ -212,9 +212,13 @@ func style(s source, add report) {
 			add("init", s, f.Pos(), "nothing happens before main; build it in wire.go")
 		}
 	}
+	limited := map[ast.Node]bool{} // calls of ReadAll whose argument is a limit
 	ast.Inspect(s.file, func(n ast.Node) bool {
 		switch n := n.(type) {
 		case *ast.SelectorExpr:
+			if limited[n] {
+				return true
+			}
 			if id, ok := n.X.(*ast.Ident); ok {
 				if why := banned[names[id.Name]][n.Sel.Name]; why != "" {
 					add("banned call", s, n.Pos(), "%s.%s: %s", id.Name, n.Sel.Name, why)
@@ -226,6 +230,9 @@ func style(s source, add report) {
 				return true
 			}
 			id, ok := sel.X.(*ast.Ident)
+			if ok && names[id.Name] == "io" && sel.Sel.Name == "ReadAll" && isLimit(n.Args[0], names) {
+				limited[sel] = true // parents are visited first
+			}
 			if !ok || !(names[id.Name] == "fmt" && sel.Sel.Name == "Errorf" || names[id.Name] == "errors" && sel.Sel.Name == "New") {
 				return true
 			}
@@ -246,6 +253,21 @@ func style(s source, add report) {
 		}
 		return true
 	})
+}
+
+// isLimit tells whether an expression is io.LimitReader(...) or
+// io.NewSectionReader(...).
+func isLimit(e ast.Expr, names map[string]string) bool {
+	call, ok := e.(*ast.CallExpr)
+	if !ok {
+		return false
+	}
+	sel, ok := call.Fun.(*ast.SelectorExpr)
+	if !ok {
+		return false
+	}
+	id, ok := sel.X.(*ast.Ident)
+	return ok && names[id.Name] == "io" && (sel.Sel.Name == "LimitReader" || sel.Sel.Name == "NewSectionReader")
 }
 
 // TestHouse applies the rules to the tree.
