@@ -56,7 +56,7 @@ type Writer interface {
 	Digest() digest.Digest
 	// Status is the ingest's.
 	Status() (Status, error)
-	// Truncate drops all bytes. Any size but 0 is ErrInvalidArgument or ErrUnimplemented.
+	// Truncate drops all bytes. Any size but 0 is ErrInvalidArgument or ErrNotImplemented.
 	Truncate(size int64) error
 	// Commit makes the bytes a blob with labels, durable when it returns, and
 	// ends the ingest. A size other than 0 or a digest other than "" that is

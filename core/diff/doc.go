@@ -30,7 +30,7 @@ type ApplyOptions struct {
 type Applier interface {
 	// Apply reads desc from the content store and unpacks it onto mounts. The
 	// answer describes the tar stream: its digest is the diff id. Errors:
-	// ErrNotFound (no such blob), ErrUnimplemented (media type or mounts that
+	// ErrNotFound (no such blob), ErrNotImplemented (media type or mounts that
 	// this differ does not handle), ErrInvalidArgument (hostile or malformed
 	// tar, naming the entry), ErrFailedPrecondition or ErrDataLoss (truncated or corrupt stream).
 	Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ApplyOptions) (ocispec.Descriptor, error)
@@ -51,7 +51,7 @@ type CompareOptions struct {
 // Comparer makes a layer of the difference of two file systems.
 type Comparer interface {
 	// Compare writes what turns lower into upper as a blob and describes it.
-	// ErrUnimplemented for a media type or mounts it does not handle.
+	// ErrNotImplemented for a media type or mounts it does not handle.
 	Compare(ctx context.Context, lower, upper []mount.Mount, opts CompareOptions) (ocispec.Descriptor, error)
 }
 

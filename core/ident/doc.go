@@ -38,10 +38,13 @@ func Check(kind, id string) error {
 	return nil
 }
 
-// CheckLabels returns ErrInvalidArgument if a label's key and value are
-// together longer than MaxLabel.
+// CheckLabels returns ErrInvalidArgument if a label's key is empty, or key and
+// value are together longer than MaxLabel.
 func CheckLabels(labels map[string]string) error {
 	for k, v := range labels {
+		if k == "" {
+			return fmt.Errorf("label key must not be empty: %w", errdefs.ErrInvalidArgument)
+		}
 		if len(k)+len(v) > MaxLabel {
 			if len(k) > 64 {
 				k = k[:64] + "..."

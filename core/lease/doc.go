@@ -54,7 +54,7 @@ type Store interface {
 	// labels), all if there are none. A bad filter is ErrInvalidArgument.
 	List(ctx context.Context, filters ...string) ([]Lease, error)
 	// AddResource makes the lease hold r, which need not exist yet. Doing so
-	// twice is not an error. ErrNotFound for the lease, ErrUnimplemented for an unknown type.
+	// twice is not an error. ErrNotFound for the lease, ErrNotImplemented for an unknown type.
 	AddResource(ctx context.Context, id ID, r Resource) error
 	// RemoveResource lets go of r; that it was not held is not an error.
 	RemoveResource(ctx context.Context, id ID, r Resource) error

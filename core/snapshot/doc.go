@@ -79,9 +79,12 @@ type Usage struct {
 type CommitOptions struct {
 	Labels map[string]string
 	// Parent rebases: the active snapshot was prepared on nothing and is
-	// committed on top of Parent (contract 3.1.5). ErrUnimplemented where the
+	// committed on top of Parent (contract 3.1.5). ErrNotImplemented where the
 	// snapshotter cannot; ErrInvalidArgument if the snapshot has another parent.
 	Parent string
+	// Synced says that the caller has made the files durable, names included.
+	// It is not sent over the wire: there the snapshotter makes sure itself.
+	Synced bool
 }
 
 // Store keeps the snapshots of one snapshotter. It is safe for concurrent use.

@@ -95,7 +95,7 @@ type Options struct {
 
 // Service transfers within one namespace. It is safe for concurrent use.
 type Service interface {
-	// Transfer moves from src to dst. ErrUnimplemented, naming both type URLs,
+	// Transfer moves from src to dst. ErrNotImplemented, naming both type URLs,
 	// for a pair that makes no sense. What it creates is leased until it is
 	// referenced, and collected if the transfer fails.
 	Transfer(ctx context.Context, src, dst Endpoint, opts Options) error

@@ -73,7 +73,9 @@ func (s *Server) Delete(ctx context.Context, r *namespacesapi.DeleteNamespaceReq
 	return &emptypb.Empty{}, s.store.Delete(ctx, namespace.ID(r.Name))
 }
 
-type client struct{ api namespacesapi.NamespacesClient }
+type client struct {
+	api namespacesapi.NamespacesClient
+}
 
 // NewClient makes the store at the other end of a connection, which it does not own.
 func NewClient(conn grpc.ClientConnInterface) namespace.Store {
