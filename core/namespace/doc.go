@@ -4,6 +4,9 @@ package namespace
 
 import (
 	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/gantryd/gantry/core/ident"
 )
@@ -17,6 +20,9 @@ const Default ID = "default"
 // Check returns ErrInvalidArgument unless id follows contract 1.2.2. "version"
 // is refused as well: it would collide with the schema's version key.
 func Check(id ID) error {
+	if id == "version" {
+		return fmt.Errorf("namespace %q: the name is reserved: %w", id, errdefs.ErrInvalidArgument)
+	}
 	return ident.Check("namespace", string(id))
 }
 
