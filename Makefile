@@ -1,0 +1,44 @@
+# Gantry. `make` builds, `make demo` shows the main job, `make test` proves it.
+SHELL := /bin/bash
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+REVISION ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+PREFIX ?= /usr/local
+TAGS := seccomp
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.revision=$(REVISION)
+GOBUILD := go build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)'
+export GANTRY_DEBIAN_CONTAINERD ?= $(CURDIR)/.cache/debian/usr/bin
+PACKAGES ?= ./...
+
+.PHONY: all demo test bench lint install clean
+all: ## build gantryd, gantry and the shim into bin/
+	@scripts/deps build
+	$(GOBUILD) -o bin/ ./cmd/...
+
+demo: all ## the main job in one command: pull from a registry, run, clean up
+	bin/gantry demo
+
+test: all ## install what the tests need and run them all
+	@scripts/deps test
+	go vet -tags '$(TAGS)' $(PACKAGES)
+	scripts/test $(PACKAGES)
+
+bench: all ## compare with Debian's containerd in one run; see bench/RESULTS.md
+	@scripts/deps test
+	scripts/bench
+
+lint: ## formatting, vet and the architecture tests
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go vet -tags '$(TAGS)' ./...
+	go test ./internal/arch
+
+install: all ## install into PREFIX (/usr/local), the shim into libexec
+	install -D -m 0755 bin/gantryd $(DESTDIR)$(PREFIX)/bin/gantryd
+	install -D -m 0755 bin/gantry $(DESTDIR)$(PREFIX)/bin/gantry
+	install -D -m 0755 bin/containerd-shim-runc-v2 $(DESTDIR)$(PREFIX)/libexec/gantry/containerd-shim-runc-v2
+	install -D -m 0644 docs/gantry.service $(DESTDIR)$(PREFIX)/lib/systemd/system/gantry.service
+
+clean: ## remove what was built
+	rm -rf bin .cache
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | column -t -s "$$(printf '\t')"
