@@ -14,8 +14,8 @@ type groupSync struct {
 }
 
 type syncQueue struct {
-	turn sync.Mutex // held over the sync: only one at a time
-	next *syncBatch // guarded by groupSync.mu; nil if nobody waits to begin
+	turn chan struct{} // has room for one: the sync that runs
+	next *syncBatch    // guarded by groupSync.mu; nil if nobody waits to begin
 }
 
 type syncBatch struct {
@@ -31,7 +31,7 @@ func (g *groupSync) Sync(dir string) error {
 		if g.dirs == nil {
 			g.dirs = make(map[string]*syncQueue)
 		}
-		q = &syncQueue{}
+		q = &syncQueue{turn: make(chan struct{}, 1)}
 		g.dirs[dir] = q
 	}
 	b := q.next
@@ -46,12 +46,12 @@ func (g *groupSync) Sync(dir string) error {
 		return b.err
 	}
 
-	q.turn.Lock()
+	q.turn <- struct{}{}
 	g.mu.Lock()
 	q.next = nil // who comes from here on may be too late for this sync
 	g.mu.Unlock()
 	b.err = g.sync(dir)
-	q.turn.Unlock()
+	<-q.turn
 	close(b.done)
 	return b.err
 }

@@ -478,7 +478,7 @@ func (s *Store) Abort(_ context.Context, ref string) error {
 	}
 	missing := err != nil
 	if err := s.removeIngest(dir); err != nil {
-		return fmt.Errorf("abort ingest %s: %w", ref, err)
+		return fmt.Errorf("abort ingest %s: %w", ref, classify(err))
 	}
 	if missing {
 		return fmt.Errorf("abort ingest %s: %w", ref, errdefs.ErrNotFound)
