@@ -1,0 +1,353 @@
+//go:build linux
+
+// Package libct makes containers with runc's library in this process: no
+// runtime has to be installed and none is started. The first process of a
+// container is this program itself, started again (see reexec). State is kept
+// where and how runc keeps it, so that runc can look at the containers, and a
+// later process can clean up after one that died.
+package libct
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/userns"
+	_ "github.com/opencontainers/cgroups/devices" // lets the library set device rules
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runc/libcontainer/specconv"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/internal/lib/reaper"
+	"github.com/gantryd/gantry/internal/shim/driver"
+)
+
+const (
+	consoleTimeout = 10 * time.Second
+	killTimeout    = 10 * time.Second
+)
+
+// LogTo sends the library's own messages to w. Called once, before any
+// container is made.
+func LogTo(w io.Writer, debug bool) {
+	logrus.SetOutput(w)
+	logrus.SetLevel(logrus.WarnLevel)
+	if debug {
+		logrus.SetLevel(logrus.DebugLevel)
+	}
+}
+
+type libct struct {
+	root string
+	log  *slog.Logger
+}
+
+// New returns a driver that keeps the state of its containers below root.
+func New(root string, log *slog.Logger) driver.Driver {
+	return &libct{root: root, log: log}
+}
+
+type container struct {
+	c   *libcontainer.Container
+	dir string
+	log *slog.Logger
+}
+
+func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Container, _ driver.Started, err error) {
+	var none driver.Started
+	config, err := convert(req)
+	if err != nil {
+		return nil, none, err
+	}
+	lc, err := libcontainer.Create(d.root, req.ID, config)
+	if err != nil {
+		switch {
+		case errors.Is(err, libcontainer.ErrExist):
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrAlreadyExists)
+		case errors.Is(err, libcontainer.ErrInvalidID):
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		return nil, none, err
+	}
+	c := &container{c: lc, dir: filepath.Join(d.root, req.ID), log: d.log}
+	defer func() {
+		if err != nil {
+			if derr := lc.Destroy(); derr != nil {
+				d.log.Warn("remove what is left of a container that could not be created", "id", req.ID, "error", derr)
+			}
+			// Destroy leaves the directory behind if the cgroup is stuck.
+			_ = os.RemoveAll(c.dir)
+		}
+	}()
+	p, err := newProcess(req.Spec.Process)
+	if err != nil {
+		return nil, none, err
+	}
+	p.Init = true
+	var restore func(*libcontainer.Process) error
+	if req.Restore != "" {
+		if err := needCriu(); err != nil {
+			return nil, none, err
+		}
+		restore = func(p *libcontainer.Process) error {
+			return lc.Restore(p, &libcontainer.CriuOpts{ImagesDirectory: req.Restore, WorkDirectory: req.WorkPath,
+				TcpEstablished: true, ExternalUnixConnections: true, FileLocks: true, EmptyNs: unix.CLONE_NEWNET})
+		}
+	}
+	started, err := c.run(ctx, p, req.Stdio, restore)
+	if err != nil {
+		return nil, none, err
+	}
+	return c, started, nil
+}
+
+// run starts a process with its streams. Nothing is left of the process when
+// it returns an error.
+func (c *container) run(ctx context.Context, p *libcontainer.Process, stdio driver.Stdio, start func(*libcontainer.Process) error) (s driver.Started, err error) {
+	if start == nil {
+		start = c.c.Start
+	}
+	var socket *os.File
+	if stdio.Terminal {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return s, os.NewSyscallError("socketpair", err)
+		}
+		socket = os.NewFile(uintptr(fds[0]), "console socket")
+		defer socket.Close()
+		p.ConsoleSocket = os.NewFile(uintptr(fds[1]), "console socket")
+		defer p.ConsoleSocket.Close()
+	} else {
+		// An interface that holds a nil file is not nil.
+		if stdio.In != nil {
+			p.Stdin = stdio.In
+		}
+		if stdio.Out != nil {
+			p.Stdout = stdio.Out
+		}
+		if stdio.Err != nil {
+			p.Stderr = stdio.Err
+		}
+	}
+	kill := c.killAll
+	if !p.Init {
+		kill = func() { _ = p.Signal(unix.SIGKILL) }
+	}
+	if err := bounded(ctx, func() error { return start(p) }, kill); err != nil {
+		return s, err
+	}
+	if s.Pid, err = p.Pid(); err != nil {
+		return s, err
+	}
+	if socket != nil {
+		if s.Console, err = driver.ReceiveConsole(socket, consoleTimeout); err != nil {
+			_ = p.Signal(unix.SIGKILL)
+			_, _ = p.Wait()
+			return s, err
+		}
+	}
+	return s, nil
+}
+
+func (c *container) killAll() {
+	pids, err := c.c.Processes()
+	if err != nil {
+		c.log.Warn("list processes of a container that does not start", "error", err)
+	}
+	for _, pid := range pids {
+		_ = reaper.Kill(pid, unix.SIGKILL)
+	}
+}
+
+// bounded runs fn, which takes no context. When the context ends first it
+// kills what fn waits for, which makes it return.
+func bounded(ctx context.Context, fn func() error, kill func()) error {
+	done := make(chan error, 1)
+	go func() { done <- fn() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	kill()
+	select {
+	case err := <-done:
+		if err == nil {
+			err = errors.New("it was started too late and killed")
+		}
+		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	case <-time.After(killTimeout):
+		return fmt.Errorf("the runtime does not end: %w", context.Cause(ctx))
+	}
+}
+
+func (c *container) Start(ctx context.Context) error { return bounded(ctx, c.c.Exec, c.killAll) }
+
+func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, stdio driver.Stdio) (driver.Started, error) {
+	p, err := newProcess(spec)
+	if err != nil {
+		return driver.Started{}, err
+	}
+	return c.run(ctx, p, stdio, nil)
+}
+
+func (c *container) Pause(ctx context.Context) error {
+	return class(c.c.Pause())
+}
+
+func (c *container) Resume(ctx context.Context) error {
+	return class(c.c.Resume())
+}
+
+func class(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, libcontainer.ErrNotRunning), errors.Is(err, libcontainer.ErrNotPaused), errors.Is(err, libcontainer.ErrRunning):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	return err
+}
+
+func (c *container) Update(ctx context.Context, r *specs.LinuxResources) error {
+	config := c.c.Config()
+	if err := update(&config, r); err != nil {
+		return err
+	}
+	err := c.c.Set(config)
+	// The library refuses to start processes while this is set, and shares
+	// the value with us.
+	c.c.Config().Cgroups.Resources.SkipDevices = false
+	return class(err)
+}
+
+func needCriu() error {
+	if _, err := exec.LookPath("criu"); err != nil {
+		return fmt.Errorf("the program criu is not installed: %w: %w", err, errdefs.ErrNotImplemented)
+	}
+	return nil
+}
+
+func (c *container) Checkpoint(ctx context.Context, r driver.Checkpoint) error {
+	if err := needCriu(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(r.ImagePath, 0o700); err != nil {
+		return err
+	}
+	mask := uint32(unix.CLONE_NEWNET)
+	for _, ns := range r.EmptyNamespaces {
+		if ns != string(specs.NetworkNamespace) {
+			return fmt.Errorf("empty namespace %q: only network is possible: %w", ns, errdefs.ErrInvalidArgument)
+		}
+	}
+	return c.c.Checkpoint(&libcontainer.CriuOpts{
+		ImagesDirectory: r.ImagePath, WorkDirectory: r.WorkPath, ParentImage: r.ParentPath,
+		LeaveRunning: !r.Exit, TcpEstablished: r.OpenTCP, ExternalUnixConnections: r.ExternalUnixSockets,
+		ShellJob: r.Shell, FileLocks: r.FileLocks, EmptyNs: mask, ManageCgroupsMode: r.CgroupsMode,
+	})
+}
+
+func (c *container) Delete(ctx context.Context) error {
+	if _, err := os.Lstat(c.dir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return class(c.c.Destroy())
+}
+
+func (d *libct) Destroy(ctx context.Context, id string) (pid int, err error) {
+	c, err := libcontainer.Load(d.root, id)
+	if errors.Is(err, libcontainer.ErrNotExist) {
+		// It died while being made: there is a directory at most.
+		return 0, os.RemoveAll(filepath.Join(d.root, id))
+	}
+	if err != nil {
+		return 0, err
+	}
+	if state, err := c.State(); err == nil && state.InitProcessPid > 0 {
+		pid = state.InitProcessPid
+	}
+	if err := c.Signal(unix.SIGKILL); err != nil && !errors.Is(err, libcontainer.ErrNotRunning) {
+		d.log.Warn("kill container", "id", id, "error", err)
+	}
+	deadline := time.Now().Add(killTimeout)
+	for {
+		status, err := c.Status()
+		if err != nil {
+			return pid, err
+		}
+		if status == libcontainer.Stopped {
+			return pid, c.Destroy()
+		}
+		if status == libcontainer.Paused {
+			_ = c.Resume()
+		}
+		if time.Now().After(deadline) || ctx.Err() != nil {
+			return pid, fmt.Errorf("container %s: process %d survives a kill: %w", id, pid, errdefs.ErrUnavailable)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// convert makes the library's configuration of a spec. Paths relative to the
+// bundle are made absolute first: this process has no working directory that
+// means anything.
+func convert(req driver.Create) (*configs.Config, error) {
+	spec := *req.Spec
+	if spec.Root == nil {
+		return nil, fmt.Errorf("spec has no root: %w", errdefs.ErrInvalidArgument)
+	}
+	root := *spec.Root
+	if !filepath.IsAbs(root.Path) {
+		root.Path = filepath.Join(req.Bundle, root.Path)
+	}
+	spec.Root = &root
+	spec.Mounts = append([]specs.Mount(nil), spec.Mounts...)
+	for i, m := range spec.Mounts {
+		if m.Source != "" && !filepath.IsAbs(m.Source) && isBind(m) {
+			spec.Mounts[i].Source = filepath.Join(req.Bundle, m.Source)
+		}
+	}
+	rootless := os.Geteuid() != 0
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
+		CgroupName:       req.ID,
+		UseSystemdCgroup: req.SystemdCgroup,
+		NoPivotRoot:      req.NoPivotRoot,
+		NoNewKeyring:     req.NoNewKeyring,
+		Spec:             &spec,
+		RootlessEUID:     rootless,
+		RootlessCgroups:  rootless || userns.RunningInUserNS(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	for i, l := range config.Labels {
+		if strings.HasPrefix(l, "bundle=") {
+			config.Labels[i] = "bundle=" + req.Bundle // hooks are told it
+		}
+	}
+	return config, nil
+}
+
+func isBind(m specs.Mount) bool {
+	if m.Type == "bind" {
+		return true
+	}
+	for _, o := range m.Options {
+		if o == "bind" || o == "rbind" {
+			return true
+		}
+	}
+	return false
+}
