@@ -1,0 +1,375 @@
+package shimclient
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/gantryd/gantry/core/event"
+	"github.com/gantryd/gantry/core/task"
+	"github.com/gantryd/gantry/internal/edge/wire"
+)
+
+// phase is where in its life a task is.
+type phase uint8
+
+const (
+	phaseCreating   phase = iota // not visible yet
+	phaseRecovering              // calls wait
+	phaseLive
+	phaseGone // its shim died or it was deleted
+)
+
+// statusUnknownExit is the exit status of a process whose own nobody knows
+// (contract 5.4.3).
+const statusUnknownExit = 255
+
+// entry is one task.
+type entry struct {
+	m      *Manager
+	key    key
+	bundle bundle
+
+	// gate is held, as its one token, while the task is created, recovered,
+	// deleted or buried.
+	gate    chan struct{}
+	ready   chan struct{} // closed when creation or recovery has ended
+	exited  chan struct{} // closed when exit is known
+	told    chan struct{} // closed when the exit was published
+	deleted chan struct{} // closed when the deletion was published
+	gone    chan struct{} // closed when the task is out of the table
+	dropped time.Time     // when it was; guarded by Manager.mu
+
+	// mu guards what follows and keeps events of this task in order: it is
+	// held while they are handed to the bus, which does not wait, and while
+	// their note is written. Only this task's calls need it.
+	mu        sync.Mutex
+	phase     phase
+	link      *link
+	pid       uint32
+	exit      task.Exit
+	announced bool // its creation was published
+	notes     map[string]note
+	readyOnce sync.Once
+}
+
+func newEntry(m *Manager, k key, p phase) *entry {
+	return &entry{
+		m: m, key: k, bundle: m.bundle(k), phase: p,
+		gate: make(chan struct{}, 1), ready: make(chan struct{}), exited: make(chan struct{}),
+		told: make(chan struct{}), deleted: make(chan struct{}), gone: make(chan struct{}),
+		notes: map[string]note{},
+	}
+}
+
+func (t *entry) getPhase() phase {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.phase
+}
+
+func (t *entry) getLink() *link {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.link
+}
+
+func (t *entry) settle(p phase) {
+	t.mu.Lock()
+	t.phase = p
+	t.mu.Unlock()
+	t.readyOnce.Do(func() { close(t.ready) })
+}
+
+// await waits for a recovery to end.
+func (t *entry) await(ctx context.Context, limit time.Duration) error {
+	if t.getPhase() != phaseRecovering {
+		return nil
+	}
+	ctx2, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	select {
+	case <-t.ready:
+		return nil
+	case <-ctx2.Done():
+		if ctx.Err() != nil {
+			return fmt.Errorf("task %s: the daemon is still recovering it, and the caller's own time is up: %w", t.key, ctx.Err())
+		}
+		return fmt.Errorf("task %s: the daemon is still recovering it after %s: %w", t.key, limit, context.DeadlineExceeded)
+	}
+}
+
+// enter takes the gate.
+func (t *entry) enter(ctx context.Context) error {
+	select {
+	case t.gate <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("task %s: another operation on it is under way: %w", t.key, ctx.Err())
+	}
+}
+
+func (t *entry) exitGate() { <-t.gate }
+
+// call makes a call to the task's shim.
+func (t *entry) call(ctx context.Context, method string, b bound, req, resp proto.Message) error {
+	l := t.getLink()
+	if l == nil {
+		return notFound(t.key)
+	}
+	return l.call(ctx, t.key, method, b, req, resp)
+}
+
+func closed(c chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// setExit records how the first process ended. The first to know wins.
+func (t *entry) setExit(x task.Exit) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.setExitLocked(x)
+}
+
+func (t *entry) setExitLocked(x task.Exit) {
+	if closed(t.exited) {
+		return
+	}
+	x.ID = string(t.key.id)
+	if x.Pid == 0 {
+		x.Pid = t.pid
+	}
+	if x.At.IsZero() {
+		x.At = time.Now().UTC()
+	}
+	t.exit = x
+	close(t.exited)
+}
+
+func (t *entry) getExit() task.Exit {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.exit
+}
+
+// publish hands an event of this task to the bus. What was published already
+// is dropped, and a deletion is preceded by its exit, so that whoever listens
+// sees each once and in order, whether they come from the shim, from a shim
+// that repeats what it does not know to have arrived, or from the daemon in a
+// dead shim's place (contract 1.6.8, 13.17, 13.18).
+func (t *entry) publish(ctx context.Context, e event.Envelope) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch p := e.Event.(type) {
+	case event.TaskCreate:
+		t.announced = true
+	case event.TaskExit:
+		return t.publishExit(ctx, e, p)
+	case event.TaskDelete:
+		if p.ID != "" && p.ID != string(t.key.id) {
+			break // an exec's
+		}
+		if closed(t.deleted) {
+			return nil
+		}
+		x := event.TaskExit{ContainerID: p.ContainerID, ID: p.ContainerID, Pid: p.Pid, ExitStatus: p.ExitStatus, ExitedAt: p.ExitedAt}
+		if err := t.publishExit(ctx, event.Envelope{Namespace: e.Namespace, Topic: event.TopicTaskExit, Event: x}, x); err != nil {
+			return err
+		}
+		if err := t.m.opt.Events.Publish(ctx, e); err != nil {
+			return err
+		}
+		close(t.deleted)
+		return nil
+	}
+	return t.m.opt.Events.Publish(ctx, e)
+}
+
+func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskExit) error {
+	exec := p.ID
+	if exec == string(t.key.id) {
+		exec = ""
+	}
+	if n := t.notes[exec]; n.Delivered && (exec == "" || n.Pid == p.Pid) {
+		return nil
+	}
+	if err := t.m.opt.Events.Publish(ctx, e); err != nil {
+		return err
+	}
+	n := note{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt.UnixNano(), Delivered: true}
+	t.notes[exec] = n
+	if exec == "" {
+		t.setExitLocked(task.Exit{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
+		close(t.told)
+	}
+	if err := t.bundle.remember(exec, n); err != nil {
+		// The bundle is going away, or the disk is full: after a restart the
+		// exit would be told again.
+		t.m.log.Debug("note delivered exit", "namespace", t.key.ns, "id", t.key.id, "exec", exec, "error", err)
+	}
+	return nil
+}
+
+// expectExec notes that an exec exists whose exit is to be delivered. What is
+// remembered of an earlier one of the same name stays, for its late events;
+// the process ids tell them apart.
+func (t *entry) expectExec(exec string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.bundle.remember(exec, note{})
+}
+
+// tell publishes the exit of the first process in the shim's place.
+func (t *entry) tell(ctx context.Context) {
+	x := t.getExit()
+	p := event.TaskExit{ContainerID: x.ID, ID: x.ID, Pid: x.Pid, ExitStatus: x.Status, ExitedAt: x.At}
+	t.publishOwn(ctx, event.TopicTaskExit, p)
+}
+
+func (t *entry) publishOwn(ctx context.Context, topic string, p event.Payload) {
+	err := t.publish(ctx, event.Envelope{Timestamp: time.Now().UTC(), Namespace: t.key.ns, Topic: topic, Event: p})
+	if err != nil {
+		t.m.log.Error("publish event", "topic", topic, "namespace", t.key.ns, "id", t.key.id, "error", err)
+	}
+}
+
+// watch learns when the first process ends, and publishes the exit if the
+// shim does not: it may be one that containerd started, whose events go
+// elsewhere, or have given up while no daemon was there.
+func (t *entry) watch() {
+	ctx := t.m.ctx
+	for {
+		var r taskapi.WaitResponse
+		err := t.call(ctx, "Wait", bound{}, &taskapi.WaitRequest{ID: string(t.key.id)}, &r)
+		if err == nil {
+			t.setExit(task.Exit{Status: r.ExitStatus, At: wire.TimeFromProto(r.ExitedAt)})
+			select {
+			case <-t.told:
+				return
+			case <-t.gone:
+			case <-ctx.Done():
+				return
+			case <-time.After(t.m.limit.Grace):
+			}
+			t.tell(ctx)
+			return
+		}
+		if ctx.Err() != nil || errors.Is(err, errShimDead) || errdefs.IsNotFound(err) || closed(t.gone) {
+			return
+		}
+		t.m.log.Warn("wait for task", "namespace", t.key.ns, "id", t.key.id, "error", err)
+		pause(ctx, time.Second)
+	}
+}
+
+// wait returns how the first process ended.
+func (t *entry) wait(ctx context.Context) (task.Exit, error) {
+	select {
+	case <-t.exited:
+		return t.getExit(), nil
+	default:
+	}
+	select {
+	case <-t.exited:
+		return t.getExit(), nil
+	case <-t.gone:
+		if closed(t.exited) {
+			return t.getExit(), nil
+		}
+		return task.Exit{}, notFound(t.key)
+	case <-ctx.Done():
+		return task.Exit{}, fmt.Errorf("task %s: wait: %w", t.key, ctx.Err())
+	}
+}
+
+// bury cleans up after a shim that died: by the shim's own delete command,
+// which ends what is left of the container, then exit and deletion are
+// published if they were not yet (contract 5.4.3).
+func (t *entry) bury(ctx context.Context) {
+	if t.enter(ctx) != nil {
+		return // the daemon is stopping; it buries after its next start
+	}
+	defer t.exitGate()
+	t.buryLocked(ctx)
+}
+
+// buryLocked is bury for one who holds the gate.
+func (t *entry) buryLocked(ctx context.Context) {
+	if t.getPhase() == phaseGone {
+		return
+	}
+	ctx = context.WithoutCancel(ctx)
+	x := task.Exit{Status: statusUnknownExit}
+	if shim := t.bundle.shim(); shim != "" {
+		got, err := t.m.deleteShim(ctx, t.key, t.bundle, shim)
+		if err != nil {
+			t.m.log.Warn("clean up after dead shim", "namespace", t.key.ns, "id", t.key.id, "error", err)
+		} else {
+			x = got
+		}
+	}
+	t.setExit(x)
+	t.finish(ctx)
+}
+
+// finish is the end of every task: its exit and deletion are published, its
+// bundle goes, and it leaves the table. The caller holds the gate; the exit is known.
+func (t *entry) finish(ctx context.Context) {
+	x := t.getExit()
+	t.publishOwn(ctx, event.TopicTaskDelete, event.TaskDelete{ContainerID: x.ID, Pid: x.Pid, ExitStatus: x.Status, ExitedAt: x.At})
+	t.clear(ctx, true)
+}
+
+// clear takes the task off its shim, removes the bundle and the entry.
+func (t *entry) clear(ctx context.Context, remember bool) {
+	l := t.getLink()
+	if l != nil && l.leave(t) {
+		if closed(l.dead) {
+			removeSocket(ctx, l.addr.Address)
+			l.close()
+		} else {
+			l.stop(ctx, t.key)
+		}
+	}
+	if err := t.bundle.remove(); err != nil {
+		// What is left is renamed or is found at the next start.
+		t.m.log.Error("remove bundle", "namespace", t.key.ns, "id", t.key.id, "error", err)
+	}
+	t.settle(phaseGone)
+	t.m.drop(t, remember)
+	close(t.gone)
+}
+
+// Publish takes an event that a shim sent. It implements event.Publisher, to
+// be put in front of the bus wherever shims' events come in.
+func (m *Manager) Publish(ctx context.Context, e event.Envelope) error {
+	if err := e.Check(); err != nil {
+		return err
+	}
+	id, ok := containerOf(e.Event)
+	if !ok {
+		return m.opt.Events.Publish(ctx, e)
+	}
+	t := m.find(key{ns: e.Namespace, id: id})
+	if t == nil {
+		return m.opt.Events.Publish(ctx, e)
+	}
+	if err := t.await(ctx, m.limit.Load); err != nil && ctx.Err() != nil {
+		return err
+	}
+	return t.publish(ctx, e)
+}
+
+func empty() *emptypb.Empty { return &emptypb.Empty{} }
