@@ -26,7 +26,7 @@ type Registry struct {
 type ImageStore struct {
 	Name   string
 	Labels map[string]string
-	// Platforms to take of an index; the host's if empty.
+	// Platforms to take of an index; all if empty.
 	Platforms []ocispec.Platform
 	// AllMetadata fetches the manifests and configs of all platforms.
 	AllMetadata bool
