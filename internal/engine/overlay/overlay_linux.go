@@ -61,7 +61,7 @@ type Store struct {
 type Option func(*snapmeta.Options, *facts)
 
 // WithFault passes the points of a test of crashes: snapshot-made, -filled,
-// -recorded, -synced, -committed, -unrecorded, -trashed.
+// -recorded, -synced, -committed, -unrecorded, -trashed, and cleanup.
 func WithFault(p *fault.Points) Option {
 	return func(o *snapmeta.Options, _ *facts) { o.Fault = p }
 }

@@ -27,23 +27,28 @@ func (g *group) wait(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	g.mu.Lock()
-	if g.next == nil {
-		g.next = &flight{done: make(chan struct{})}
-	}
-	f := g.next
-	if !g.running {
-		g.running = true
-		g.owned.Add(1)
-		go g.fly()
-	}
-	g.mu.Unlock()
+	f := g.join()
 	select {
 	case <-f.done:
 		return f.err
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// join returns a run that has not begun yet.
+func (g *group) join() *flight {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.next == nil {
+		g.next = &flight{done: make(chan struct{})}
+	}
+	if !g.running {
+		g.running = true
+		g.owned.Add(1)
+		go g.fly()
+	}
+	return g.next
 }
 
 // fly runs flights until nobody waits for one.

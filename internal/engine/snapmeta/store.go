@@ -421,6 +421,7 @@ func (s *Store) Cleanup(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		s.opts.Fault.Pass("cleanup")
 		if err := removeAll(ctx, s.dir, name); err != nil && first == nil {
 			first = fmt.Errorf("clean up %s: %w", s.dir.Name(), err)
 		}
