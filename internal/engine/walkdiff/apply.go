@@ -184,8 +184,8 @@ func (e *Engine) onto(ctx context.Context, mounts []mount.Mount, sync bool, fn f
 		}
 		return nil
 	}
-	if len(mounts) == 0 {
-		return fmt.Errorf("no mounts: %w", errdefs.ErrInvalidArgument)
+	if err := check(mounts); err != nil {
+		return err
 	}
 	if len(mounts) == 1 && mounts[0].Target == "" {
 		m := mounts[0]
@@ -208,6 +208,19 @@ func (e *Engine) onto(ctx context.Context, mounts []mount.Mount, sync bool, fn f
 	return mountx.WithTemp(ctx, e.opts.TempDir, mounts, func(root string) error {
 		return run(root, tarstream.ApplyOptions{})
 	})
+}
+
+// check refuses lists of mounts that nothing can be done with.
+func check(mounts []mount.Mount) error {
+	if len(mounts) == 0 {
+		return fmt.Errorf("no mounts: %w", errdefs.ErrInvalidArgument)
+	}
+	for i, m := range mounts {
+		if m.Type == "" && !isPlainBind(m) {
+			return fmt.Errorf("mount %d has no type: %w", i, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
 }
 
 // isOverlayLayer reports whether dir is the directory of a parentless snapshot

@@ -60,8 +60,13 @@ func (e *Engine) compare(ctx context.Context, lower, upper []mount.Mount, opts d
 	if err != nil {
 		return none, err
 	}
-	if len(upper) == 0 {
-		return none, fmt.Errorf("no upper mounts: %w", errdefs.ErrInvalidArgument)
+	if err := check(upper); err != nil {
+		return none, fmt.Errorf("upper: %w", err)
+	}
+	if len(lower) > 0 {
+		if err := check(lower); err != nil {
+			return none, fmt.Errorf("lower: %w", err)
+		}
 	}
 	w, err := e.store.Writer(ctx, opts.Ref, content.WriterOptions{})
 	if err != nil {

@@ -3,8 +3,10 @@ package diffrpc
 
 import (
 	"context"
+	"fmt"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -53,7 +55,7 @@ func (s *Server) Diff(ctx context.Context, r *diffapi.DiffRequest) (*diffapi.Dif
 	opts := diff.CompareOptions{MediaType: r.MediaType, Ref: r.Ref, Labels: r.Labels}
 	if r.SourceDateEpoch != nil {
 		if err := r.SourceDateEpoch.CheckValid(); err != nil {
-			return nil, wire.Missing("source_date_epoch")
+			return nil, fmt.Errorf("source_date_epoch: %w: %w", err, errdefs.ErrInvalidArgument)
 		}
 		epoch := r.SourceDateEpoch.AsTime()
 		opts.SourceDateEpoch = &epoch
