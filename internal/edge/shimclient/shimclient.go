@@ -186,19 +186,34 @@ func (m *Manager) spawn(f func()) bool {
 	return true
 }
 
-// reserve enters a new task into the table, or returns ErrAlreadyExists.
-func (m *Manager) reserve(k key) (*entry, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		return nil, fmt.Errorf("task %s: the daemon is stopping: %w", k, errdefs.ErrUnavailable)
+// reserve enters a new task into the table, or returns ErrAlreadyExists. A
+// task of that name whose shim has died is awaited: it is on its way out.
+func (m *Manager) reserve(ctx context.Context, k key) (*entry, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*m.limit.Cleanup)
+	defer cancel()
+	for {
+		m.mu.Lock()
+		if m.closed {
+			m.mu.Unlock()
+			return nil, fmt.Errorf("task %s: the daemon is stopping: %w", k, errdefs.ErrUnavailable)
+		}
+		old := m.tasks[k]
+		if old == nil {
+			t := newEntry(m, k, phaseCreating)
+			m.tasks[k] = t
+			m.mu.Unlock()
+			return t, nil
+		}
+		m.mu.Unlock()
+		if l := old.getLink(); l == nil || !closed(l.dead) {
+			return nil, fmt.Errorf("task %s: %w", k, errdefs.ErrAlreadyExists)
+		}
+		select {
+		case <-old.gone:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("task %s: its shim has died and is still being cleaned up after: %w", k, errdefs.ErrAlreadyExists)
+		}
 	}
-	if m.tasks[k] != nil {
-		return nil, fmt.Errorf("task %s: %w", k, errdefs.ErrAlreadyExists)
-	}
-	t := newEntry(m, k, phaseCreating)
-	m.tasks[k] = t
-	return t, nil
 }
 
 // drop takes a task out of the table and remembers it for late events.

@@ -80,7 +80,7 @@ func (s *store) Create(ctx context.Context, id container.ID, opts task.CreateOpt
 	if err != nil {
 		return 0, fmt.Errorf("create task %s: %w", s.key(id), err)
 	}
-	t, err := s.m.reserve(s.key(id))
+	t, err := s.m.reserve(ctx, s.key(id))
 	if err != nil {
 		return 0, fmt.Errorf("create: %w", err)
 	}
@@ -159,7 +159,7 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 			return 0, err
 		}
 		if err := t.bundle.record(*joined); err != nil {
-			l.leave(t)
+			l.drop(t)
 			return 0, err
 		}
 	} else if l, err = s.startLink(ctx, t, shim, runtimeOptions, &back); err != nil {
@@ -168,21 +168,32 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 	t.mu.Lock()
 	t.link = l
 	t.mu.Unlock()
-	created := false
-	back.Push("stop shim", func(ctx context.Context) error { return t.abandon(ctx, created, shim) })
+	var answer chan error // of the shim, nil before it was asked
+	back.Push("stop shim", func(ctx context.Context) error { return t.abandon(ctx, answer, shim) })
 	if err := l.probe(ctx, t); err != nil {
 		return 0, err
 	}
 
-	created = true // or perhaps: an answer that was not heard
+	// The shim cannot be told that the caller has gone. It goes on creating,
+	// so its answer is awaited before what it made can be deleted.
+	answer = make(chan error, 1)
 	var r taskapi.CreateTaskResponse
-	err = l.call(ctx, t.key, "Create", bound{m.limit.Create, "the daemon's limit for task creation"}, &taskapi.CreateTaskRequest{
-		ID: string(t.key.id), Bundle: t.bundle.path, Rootfs: wire.MountsToProto(rootfs),
-		Terminal: opts.IO.Terminal, Stdin: opts.IO.Stdin, Stdout: opts.IO.Stdout, Stderr: opts.IO.Stderr,
-		Checkpoint: restore, Options: wire.AnyToProto(runtimeOptions),
-	}, &r)
-	if err != nil {
-		return 0, err
+	go func() {
+		answer <- l.call(context.WithoutCancel(ctx), t.key, "Create", bound{m.limit.Create, "the daemon's limit for task creation"}, &taskapi.CreateTaskRequest{
+			ID: string(t.key.id), Bundle: t.bundle.path, Rootfs: wire.MountsToProto(rootfs),
+			Terminal: opts.IO.Terminal, Stdin: opts.IO.Stdin, Stdout: opts.IO.Stdout, Stderr: opts.IO.Stderr,
+			Checkpoint: restore, Options: wire.AnyToProto(runtimeOptions),
+		}, &r)
+	}()
+	began := time.Now()
+	select {
+	case err = <-answer:
+		answer <- err // for abandon
+		if err != nil {
+			return 0, err
+		}
+	case <-ctx.Done():
+		return 0, fmt.Errorf("no answer from %s after %s, and the caller's own time is up: %w", l.describe(), since(began), ctx.Err())
 	}
 	if err := os.Remove(t.bundle.file(fileCreating)); err != nil {
 		return 0, err
@@ -211,12 +222,13 @@ func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOpt
 	if err != nil {
 		return nil, err
 	}
-	started := false
-	defer func() {
-		if !started {
-			logs.close()
-		}
-	}()
+	kept := false
+	// Undone after the shim has ended: one that opens its log blocks until
+	// somebody reads it.
+	back.Push("close shim log", func(context.Context) error {
+		logs.close()
+		return nil
+	})
 	stray := true
 	back.Push("end stray shim", func(ctx context.Context) error {
 		if stray {
@@ -238,27 +250,36 @@ func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOpt
 		}
 		stray = false
 		if err := t.bundle.record(e); err != nil {
-			l.leave(t)
+			l.drop(t)
 			stray = true
 			return nil, err
 		}
 		l.mu.Lock()
-		if l.logs == nil {
-			l.logs, started = logs, true
+		if l.logs == nil && !l.isOver {
+			l.logs, kept = logs, true
 		}
 		l.mu.Unlock()
+		if !kept {
+			logs.close() // the shim has the log of the container it was started for
+		}
 		return l, nil
 	}
 }
 
 // abandon ends a task whose creation did not succeed, and its shim if that is
-// nobody else's.
-func (t *entry) abandon(ctx context.Context, maybeCreated bool, shim string) error {
+// nobody else's. answer is what the shim says to the creation, or will say.
+func (t *entry) abandon(ctx context.Context, answer chan error, shim string) error {
 	l := t.getLink()
 	var err error
-	if maybeCreated {
-		var r taskapi.DeleteResponse
+	if answer != nil {
 		cctx, cancel := context.WithTimeout(ctx, t.m.limit.Cleanup)
+		select {
+		case <-answer:
+		case <-cctx.Done():
+		}
+		cancel()
+		var r taskapi.DeleteResponse
+		cctx, cancel = context.WithTimeout(ctx, t.m.limit.Cleanup)
 		err = l.call(cctx, t.key, "Delete", bound{}, &taskapi.DeleteRequest{ID: string(t.key.id)}, &r)
 		cancel()
 		if errdefs.IsNotFound(err) && !errors.Is(err, errShimDead) {
@@ -295,6 +316,9 @@ func (t *entry) abandon(ctx context.Context, maybeCreated bool, shim string) err
 // endStray ends a shim that may have been started although its start failed,
 // or was never heard to have succeeded.
 func (m *Manager) endStray(ctx context.Context, t *entry, shim string) {
+	if logs, err := m.openLog(t.key, t.bundle); err == nil {
+		defer logs.close() // it may be blocked until somebody reads its log
+	}
 	for _, address := range m.guesses(t.key, t.bundle) {
 		e := endpoint{Address: address}.normal()
 		if _, _, err := splitAddress(e.Address); err != nil {
