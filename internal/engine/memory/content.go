@@ -6,6 +6,7 @@ import (
 	_ "crypto/sha256" // the digests a blob may be named by
 	_ "crypto/sha512"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"maps"
@@ -37,6 +38,7 @@ type blob struct {
 type ingest struct {
 	status content.Status
 	data   []byte
+	hash   hash.Hash // sha256 of data
 	since  time.Time // when a writer took it, zero if none has it
 }
 
@@ -207,6 +209,8 @@ func (c *Content) Abort(_ context.Context, ref string) error {
 	return nil
 }
 
+func (in *ingest) digest() digest.Digest { return digest.NewDigest(digest.Canonical, in.hash) }
+
 func (in *ingest) free() error {
 	if in.since.IsZero() {
 		return nil
@@ -239,7 +243,7 @@ func (c *Content) Writer(_ context.Context, ref string, opts content.WriterOptio
 	}
 	now := time.Now().UTC()
 	if in == nil {
-		in = &ingest{status: content.Status{Ref: ref, StartedAt: now, UpdatedAt: now}}
+		in = &ingest{status: content.Status{Ref: ref, StartedAt: now, UpdatedAt: now}, hash: digest.Canonical.Hash()}
 		c.ingests[ref] = in
 	}
 	in.since = now
@@ -269,6 +273,7 @@ func (w *ingestWriter) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	w.in.data = append(w.in.data, p...)
+	w.in.hash.Write(p)
 	w.touch()
 	return len(p), nil
 }
@@ -281,7 +286,7 @@ func (w *ingestWriter) touch() {
 func (w *ingestWriter) Digest() digest.Digest {
 	w.c.mu.Lock()
 	defer w.c.mu.Unlock()
-	return digest.FromBytes(w.in.data)
+	return w.in.digest()
 }
 
 func (w *ingestWriter) Status() (content.Status, error) {
@@ -300,6 +305,7 @@ func (w *ingestWriter) Truncate(size int64) error {
 		return fmt.Errorf("truncate ingest %s to %d: only to 0: %w", w.in.status.Ref, size, errdefs.ErrInvalidArgument)
 	}
 	w.in.data = nil
+	w.in.hash.Reset()
 	w.touch()
 	return nil
 }
@@ -337,7 +343,7 @@ func (w *ingestWriter) commit(size int64, expected digest.Digest, labels map[str
 	}
 	dgst := expected
 	if dgst == "" {
-		dgst = digest.FromBytes(w.in.data)
+		dgst = w.in.digest()
 	}
 	if err := checkDigest(dgst); err != nil {
 		return err
@@ -348,7 +354,11 @@ func (w *ingestWriter) commit(size int64, expected digest.Digest, labels map[str
 	if size != 0 && size != int64(len(w.in.data)) {
 		return fmt.Errorf("%d bytes instead of %d: %w", len(w.in.data), size, errdefs.ErrFailedPrecondition)
 	}
-	if got := dgst.Algorithm().FromBytes(w.in.data); got != dgst {
+	got := w.in.digest()
+	if alg := dgst.Algorithm(); alg != digest.Canonical {
+		got = alg.FromBytes(w.in.data)
+	}
+	if got != dgst {
 		return fmt.Errorf("digest is %s instead of %s: %w", got, dgst, errdefs.ErrFailedPrecondition)
 	}
 	if w.c.blobs[dgst] != nil {
