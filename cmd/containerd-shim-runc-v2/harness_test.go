@@ -121,6 +121,14 @@ type event struct {
 
 func newDaemon(t testing.TB) *daemon {
 	t.Helper()
+	d := newDaemonAway(t)
+	d.serve()
+	return d
+}
+
+// newDaemonAway does not take events before serve is called.
+func newDaemonAway(t testing.TB) *daemon {
+	t.Helper()
 	binary(t)
 	dir, err := os.MkdirTemp("", "g")
 	if err != nil {
@@ -136,7 +144,6 @@ func newDaemon(t testing.TB) *daemon {
 		}
 		os.RemoveAll(dir)
 	})
-	d.serve()
 	return d
 }
 
@@ -352,7 +359,13 @@ func (d *daemon) newTask(id string, args ...string) *task {
 				{Type: specs.UTSNamespace}, {Type: specs.NetworkNamespace}},
 		},
 	}
-	d.t.Cleanup(k.cleanup)
+	log := read(d.t, fifo(d.t, k.bundle+"/log"))
+	d.t.Cleanup(func() {
+		k.cleanup()
+		if d.t.Failed() {
+			d.t.Logf("log of %s: %s", id, log)
+		}
+	})
 	return k
 }
 

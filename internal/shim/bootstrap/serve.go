@@ -39,7 +39,9 @@ const (
 	// daemon that is connected.
 	abandoned = time.Minute
 	// goodbye bounds the end: answers being sent, events being delivered.
-	goodbye    = 5 * time.Second
+	goodbye = 5 * time.Second
+	// lastAnswer bounds the wait for the answer to Shutdown being written.
+	lastAnswer = 100 * time.Millisecond
 	listenerFD = 3
 )
 
@@ -79,7 +81,12 @@ func serve(b Build, a Args) error {
 	}()
 
 	end := make(chan struct{})
-	stop := sync.OnceFunc(func() { close(end) })
+	watched := &watchedListener{Listener: l, wrote: make(chan struct{})}
+	var answered <-chan struct{}
+	stop := sync.OnceFunc(func() {
+		answered = watched.nextWrite() // the answer to the call that we are in
+		close(end)
+	})
 	service := task.New(task.Config{
 		Namespace: a.Namespace, Version: b.Version, Reaper: r, Events: events, Streams: stdio.NewOpener(r, log),
 		Driver:   func(o *options.Options) (driver.Driver, error) { return newDriver(a.Namespace, o, log) },
@@ -90,12 +97,12 @@ func serve(b Build, a Args) error {
 	if err != nil {
 		return err
 	}
-	watched := &watchedListener{Listener: l, idle: func() {
+	watched.idle = func() {
 		if service.Count() == 0 {
 			log.Info("nobody needs this shim any more")
 			stop()
 		}
-	}}
+	}
 	watched.arm()
 
 	signals := make(chan os.Signal, 8)
@@ -119,6 +126,10 @@ func serve(b Build, a Args) error {
 	}
 	// The name goes first: who comes now starts another shim.
 	os.Remove(a.Socket)
+	select {
+	case <-answered:
+	case <-time.After(lastAnswer):
+	}
 	bye, cancelBye := context.WithTimeout(ctx, goodbye)
 	defer cancelBye()
 	if err := server.Shutdown(bye); err != nil {
@@ -232,6 +243,20 @@ type watchedListener struct {
 	mu    sync.Mutex
 	conns int
 	timer *time.Timer
+	wrote chan struct{} // closed by the next write on any connection
+}
+
+func (l *watchedListener) nextWrite() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.wrote
+}
+
+func (l *watchedListener) written() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.wrote)
+	l.wrote = make(chan struct{})
 }
 
 func (l *watchedListener) arm() {
@@ -263,7 +288,7 @@ func (l *watchedListener) Accept() (net.Conn, error) {
 	l.mu.Lock()
 	l.conns++
 	l.mu.Unlock()
-	return &watchedConn{UnixConn: u, closed: sync.OnceFunc(func() {
+	return &watchedConn{UnixConn: u, written: l.written, closed: sync.OnceFunc(func() {
 		l.mu.Lock()
 		l.conns--
 		last := l.conns == 0
@@ -276,7 +301,13 @@ func (l *watchedListener) Accept() (net.Conn, error) {
 
 type watchedConn struct {
 	*net.UnixConn
-	closed func()
+	written, closed func()
+}
+
+func (c *watchedConn) Write(p []byte) (int, error) {
+	n, err := c.UnixConn.Write(p)
+	c.written()
+	return n, err
 }
 
 func (c *watchedConn) Close() error {

@@ -192,7 +192,7 @@ type OOMWatch struct {
 	conn  syscall.RawConn
 	check func(buf []byte) bool
 	fn    func()
-	mu    sync.Mutex // serialises check and fn
+	mu    sync.Mutex // serialises reading, check and fn
 	done  chan struct{}
 }
 
@@ -259,37 +259,34 @@ func (g *Group) WatchOOM(fn func()) (*OOMWatch, error) {
 func (w *OOMWatch) run() {
 	defer close(w.done)
 	for {
-		var buf [512]byte
-		var n int
 		var rerr error
 		err := w.conn.Read(func(fd uintptr) bool {
-			n, rerr = unix.Read(int(fd), buf[:])
+			rerr = w.take(int(fd))
 			return !errors.Is(rerr, unix.EAGAIN)
 		})
 		if err != nil || rerr != nil && !errors.Is(rerr, unix.EINTR) {
 			return
 		}
-		if rerr == nil {
-			w.report(buf[:max(n, 0)])
-		}
 	}
 }
 
-func (w *OOMWatch) report(buf []byte) {
+// take reads a notification and reports it. Nobody can see it read and not yet
+// reported.
+func (w *OOMWatch) take(fd int) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.check(buf) {
+	var buf [512]byte
+	n, err := unix.Read(fd, buf[:])
+	if w.check(buf[:max(n, 0)]) {
 		w.fn()
 	}
+	return err
 }
 
 // Check reports a kill that has happened already but was not noticed yet. It
 // is called before an exit is published, so that the cause comes before it.
 func (w *OOMWatch) Check() {
-	var buf [512]byte
-	n := 0
-	_ = w.conn.Control(func(fd uintptr) { n, _ = unix.Read(int(fd), buf[:]) })
-	w.report(buf[:max(n, 0)])
+	_ = w.conn.Control(func(fd uintptr) { _ = w.take(int(fd)) })
 }
 
 // Close ends the watch; fn is not called any more when it returns.
