@@ -5,7 +5,7 @@ package thing
 import (
 	_ "os"
 
-	_ "golang.org/x/sys/unix"
 	_ "github.com/gantryd/gantry/core/other"
 	_ "github.com/gantryd/gantry/internal/engine/a"
+	_ "golang.org/x/sys/unix"
 )

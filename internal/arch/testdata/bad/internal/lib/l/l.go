@@ -3,8 +3,8 @@
 package l
 
 import (
-	_ "github.com/containerd/containerd/v2/client"
 	_ "github.com/containerd/containerd/api/types"
+	_ "github.com/containerd/containerd/v2/client"
 
 	_ "github.com/gantryd/gantry/core/thing"
 )

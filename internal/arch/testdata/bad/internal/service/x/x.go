@@ -1,4 +1,3 @@
-
 // breaks: package comment, apart, layer, init, banned call, error text
 
 package x
