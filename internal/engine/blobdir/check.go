@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -57,7 +58,7 @@ func (s *Store) Check(ctx context.Context) ([]Problem, error) {
 	}
 	for _, e := range entries {
 		dir := ingest + "/" + e.Name()
-		if s.isWriting(dir) {
+		if s.isWriting(strings.TrimSuffix(dir, staged)) {
 			continue
 		}
 		_, err := s.readIngest(dir)

@@ -14,6 +14,22 @@ import (
 	"github.com/gantryd/gantry/internal/lib/fsx"
 )
 
+// spills are how much of an ingest is kept in memory: nothing, so that all of
+// it is on disk, and as usual.
+func spills(t *testing.T, test func(t *testing.T, spill int)) {
+	for _, n := range []int{0, spill} {
+		t.Run(fmt.Sprintf("spill=%d", n), func(t *testing.T) { test(t, n) })
+	}
+}
+
+func openMem(f fsx.FS, spill int) (*Store, error) {
+	s, err := OpenFS(f, Options{})
+	if err == nil {
+		s.spill = spill
+	}
+	return s, err
+}
+
 // ledger is what the store has told its user about each blob.
 type ledger struct {
 	data  map[digest.Digest][]byte
@@ -144,10 +160,12 @@ func (l *ledger) audit(ctx context.Context, s *Store) error {
 
 // contract: 4.1.3
 // promise: P3
-func TestPowerCutBeforeEveryOperation(t *testing.T) {
+func TestPowerCutBeforeEveryOperation(t *testing.T) { spills(t, powerCutBeforeEveryOperation) }
+
+func powerCutBeforeEveryOperation(t *testing.T, spill int) {
 	ctx := t.Context()
 	whole := fsx.NewMem()
-	s, err := OpenFS(whole, Options{})
+	s, err := openMem(whole, spill)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -164,7 +182,7 @@ func TestPowerCutBeforeEveryOperation(t *testing.T) {
 				if keep != fsx.KeepSome && seed > 0 {
 					break
 				}
-				if err := cutAt(ctx, k, keep, seed); err != nil {
+				if err := cutAt(ctx, spill, k, keep, seed); err != nil {
 					t.Errorf("power cut before operation %d, keep %d, seed %d: %v", k, keep, seed, err)
 				}
 			}
@@ -174,16 +192,16 @@ func TestPowerCutBeforeEveryOperation(t *testing.T) {
 
 // cutAt runs the script until the k-th operation, cuts the power, checks what
 // was promised, and runs the whole script again on what is left.
-func cutAt(ctx context.Context, k int, keep fsx.Keep, seed uint64) error {
+func cutAt(ctx context.Context, spill, k int, keep fsx.Keep, seed uint64) error {
 	disk, l := fsx.NewMem(), newLedger()
 	disk.CutBefore(k)
-	if s, err := OpenFS(disk, Options{}); err == nil {
+	if s, err := openMem(disk, spill); err == nil {
 		l.script(ctx, s) // its error is the cut
 	} else if !errors.Is(err, fsx.ErrCut) {
 		return err
 	}
 	disk = disk.Restart(keep, seed)
-	s, err := OpenFS(disk, Options{})
+	s, err := openMem(disk, spill)
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
@@ -197,20 +215,22 @@ func cutAt(ctx context.Context, k int, keep fsx.Keep, seed uint64) error {
 		return fmt.Errorf("second life: %w", err)
 	}
 	// And what the second life promised survives the worst that can come.
-	if s, err = OpenFS(disk.Restart(fsx.KeepNothing, 0), Options{}); err != nil {
+	if s, err = openMem(disk.Restart(fsx.KeepNothing, 0), spill); err != nil {
 		return err
 	}
 	return l.audit(ctx, s)
 }
 
 // contract: 4.1.3
-func TestFailureOfEveryOperation(t *testing.T) {
+func TestFailureOfEveryOperation(t *testing.T) { spills(t, failureOfEveryOperation) }
+
+func failureOfEveryOperation(t *testing.T, spill int) {
 	ctx := t.Context()
 	for _, errno := range []error{syscall.ENOSPC, syscall.EIO} {
 		for k, failed := 1, true; failed; k++ {
 			disk, l := fsx.NewMem(), newLedger()
 			disk.FailAt(k, errno)
-			s, err := OpenFS(disk, Options{})
+			s, err := openMem(disk, spill)
 			if err == nil {
 				err = l.script(ctx, s)
 			}
@@ -233,7 +253,7 @@ func TestFailureOfEveryOperation(t *testing.T) {
 				}
 			}
 			for _, keep := range []fsx.Keep{fsx.KeepNothing, fsx.KeepNames, fsx.KeepAll} {
-				again, err := OpenFS(disk.Restart(keep, 0), Options{})
+				again, err := openMem(disk.Restart(keep, 0), spill)
 				if err == nil {
 					err = l.audit(ctx, again)
 				}
@@ -265,17 +285,19 @@ func (l *ledger) promised(ctx context.Context, s *Store) error {
 // them after the restart may rely on them.
 //
 // contract: 4.1.3
-func TestKillBeforeEveryOperation(t *testing.T) {
+func TestKillBeforeEveryOperation(t *testing.T) { spills(t, killBeforeEveryOperation) }
+
+func killBeforeEveryOperation(t *testing.T, spill int) {
 	ctx := t.Context()
 	for k, died := 1, true; died; k++ {
 		disk, l := fsx.NewMem(), newLedger()
 		disk.CutBefore(k)
-		if s, err := OpenFS(disk, Options{}); err == nil {
+		if s, err := openMem(disk, spill); err == nil {
 			l.script(ctx, s)
 		}
 		died = disk.Ops() >= k
 		disk.CutBefore(0) // the machine lives on
-		s, err := OpenFS(disk, Options{})
+		s, err := openMem(disk, spill)
 		if err == nil {
 			err = l.audit(ctx, s)
 		}
@@ -288,7 +310,7 @@ func TestKillBeforeEveryOperation(t *testing.T) {
 				l.acked[dgst] = true
 			}
 		}
-		if s, err = OpenFS(disk.Restart(fsx.KeepNothing, 0), Options{}); err == nil {
+		if s, err = openMem(disk.Restart(fsx.KeepNothing, 0), spill); err == nil {
 			err = l.audit(ctx, s)
 		}
 		if err != nil {
@@ -322,12 +344,14 @@ func (f *faulty) Rename(oldname, newname string) error {
 }
 
 // contract: 4.1.3
-func TestNameThatCannotBeSynced(t *testing.T) {
+func TestNameThatCannotBeSynced(t *testing.T) { spills(t, nameThatCannotBeSynced) }
+
+func nameThatCannotBeSynced(t *testing.T, spill int) {
 	ctx := t.Context()
 	for _, back := range []bool{true, false} {
 		disk := fsx.NewMem()
 		f := &faulty{FS: disk}
-		s, err := OpenFS(f, Options{})
+		s, err := openMem(f, spill)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -367,7 +391,7 @@ func TestNameThatCannotBeSynced(t *testing.T) {
 		if err := l.commit(ctx, s, "r", data, digest.SHA256); err != nil {
 			t.Fatal(err)
 		}
-		if s, err = OpenFS(disk.Restart(fsx.KeepNothing, 0), Options{}); err == nil {
+		if s, err = openMem(disk.Restart(fsx.KeepNothing, 0), spill); err == nil {
 			err = l.audit(ctx, s)
 		}
 		if err != nil {

@@ -58,6 +58,7 @@ type Store struct {
 	opts   Options
 	log    *slog.Logger
 	verity fsx.VerityFS // nil where it is not supported
+	spill  int          // the constant, but for tests
 	names  groupSync    // makes the names in blobs/ durable
 
 	mu        sync.Mutex // guards the maps; never held over I/O
@@ -101,7 +102,7 @@ func Open(dir string, o Options) (*Store, error) {
 
 // OpenFS is Open in an FS whose root exists.
 func OpenFS(f fsx.FS, o Options) (*Store, error) {
-	s := &Store{fs: f, opts: o, log: o.Logger, writers: map[string]*hold{}, unsettled: map[digest.Digest]*settling{}, algorithms: map[string]bool{}}
+	s := &Store{fs: f, opts: o, log: o.Logger, spill: spill, writers: map[string]*hold{}, unsettled: map[digest.Digest]*settling{}, algorithms: map[string]bool{}}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -153,7 +154,8 @@ func (s *Store) sweep() error {
 		return err
 	}
 	for _, e := range entries {
-		if !isIngestName(e.Name()) || !e.IsDir() {
+		name, small := strings.CutSuffix(e.Name(), staged)
+		if !isIngestName(name) || e.IsDir() == small {
 			continue // not ours
 		}
 		dir := ingest + "/" + e.Name()
@@ -434,11 +436,24 @@ func (s *Store) Statuses(ctx context.Context, filters ...string) ([]content.Stat
 	if err != nil {
 		return nil, err
 	}
+	// First those that Writers have: only they know how far they are, and of
+	// the small ones nothing is on disk until they are closed.
+	var out []content.Status
+	written := map[string]bool{}
+	for _, w := range s.openWriters() {
+		st, err := w.Status()
+		if err != nil {
+			return nil, fmt.Errorf("list ingests: %w", err)
+		}
+		written[st.Ref] = true
+		if match.Match(st) {
+			out = append(out, st)
+		}
+	}
 	entries, err := s.fs.ReadDir(ingest)
 	if err != nil {
 		return nil, fmt.Errorf("list ingests: %w", err)
 	}
-	var out []content.Status
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return nil, fmt.Errorf("list ingests: %w", err)
@@ -447,10 +462,7 @@ func (s *Store) Statuses(ctx context.Context, filters ...string) ([]content.Stat
 			continue
 		}
 		st, err := s.readIngest(ingest + "/" + e.Name())
-		if err == nil {
-			st, err = s.Status(ctx, st.Ref) // a Writer knows better
-		}
-		if errors.Is(err, errGarbage) || errdefs.IsNotFound(err) {
+		if errors.Is(err, errGarbage) || written[st.Ref] {
 			continue
 		}
 		if err != nil {
@@ -462,6 +474,18 @@ func (s *Store) Statuses(ctx context.Context, filters ...string) ([]content.Stat
 	}
 	slices.SortFunc(out, func(a, b content.Status) int { return cmp.Compare(a.Ref, b.Ref) })
 	return out, nil
+}
+
+func (s *Store) openWriters() []*writer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*writer
+	for _, h := range s.writers {
+		if h.w != nil {
+			out = append(out, h.w)
+		}
+	}
+	return out
 }
 
 // Abort implements content.Store. Garbage under the ref's name goes as well.

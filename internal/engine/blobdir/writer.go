@@ -1,6 +1,7 @@
 package blobdir
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,14 @@ import (
 // parallelHash is the length in bytes from which a Write hashes beside the
 // file system's work instead of after it.
 const parallelHash = 128 << 10
+
+// spill is the length in bytes up to which a new ingest is kept in memory. Most
+// blobs are small and committed at once: they need one file and no directory.
+// It is also what a killed process may lose of an ingest.
+const spill = 64 << 10
+
+// staged ends the name of a small blob's file before the rename.
+const staged = ".staged"
 
 // Writer implements content.Store. What an earlier Writer left is read and
 // hashed again, so the call takes as long as that, or until ctx ends. A total
@@ -88,13 +97,11 @@ func (s *Store) openIngest(ctx context.Context, ref string, opts content.WriterO
 		}
 	case err == nil || errors.Is(err, errGarbage):
 		if err := s.removeIngest(dir); err != nil {
-			return nil, err
+			return nil, classify(err)
 		}
 		now := time.Now().UTC()
 		w.status = content.Status{Ref: ref, Total: max(opts.Total, 0), StartedAt: now, UpdatedAt: now}
-		if err := w.create(); err != nil {
-			return nil, classify(errors.Join(err, s.removeIngest(dir)))
-		}
+		w.memory = true
 	default:
 		return nil, err
 	}
@@ -108,7 +115,10 @@ type writer struct {
 	s       *Store
 	dir     string
 	release func()
-	file    fsx.File // nil after the end
+	closed  bool
+	memory  bool     // all bytes are in buf and there is no directory yet
+	buf     []byte   // only while memory is set
+	file    fsx.File // the data; nil while memory is set and after the end
 	alg     digest.Algorithm
 	hash    hash.Hash // of the first status.Offset bytes; nil if that must be found out again
 
@@ -141,8 +151,25 @@ func (w *writer) create() error {
 		return err
 	}
 	if err := fsx.WriteFile(f, w.dir+"/ref", []byte(w.status.Ref), 0o644); err != nil {
-		return errors.Join(err, w.file.Close())
+		return err
 	}
+	return nil
+}
+
+// toDisk makes files of an ingest that was kept in memory.
+func (w *writer) toDisk() error {
+	err := w.create()
+	if err == nil && len(w.buf) > 0 {
+		_, err = w.file.WriteAt(w.buf, 0)
+	}
+	if err != nil {
+		if w.file != nil {
+			err = errors.Join(err, w.file.Close())
+			w.file = nil
+		}
+		return errors.Join(err, w.s.removeIngest(w.dir))
+	}
+	w.memory, w.buf = false, nil
 	return nil
 }
 
@@ -230,8 +257,19 @@ func (w *writer) closedError(op string) error {
 
 // Write appends. After an error the bytes that were reported are kept.
 func (w *writer) Write(p []byte) (int, error) {
-	if w.file == nil {
+	if w.closed {
 		return 0, w.closedError("write")
+	}
+	if w.memory && len(w.buf)+len(p) <= w.s.spill {
+		w.buf = append(w.buf, p...)
+		w.hash.Write(p)
+		w.advance(len(p))
+		return len(p), nil
+	}
+	if w.memory {
+		if err := w.toDisk(); err != nil {
+			return 0, fmt.Errorf("write ingest %s: %w", w.status.Ref, classify(err))
+		}
 	}
 	if w.hash == nil {
 		if err := w.rehash(context.Background()); err != nil {
@@ -257,14 +295,18 @@ func (w *writer) Write(p []byte) (int, error) {
 			w.hash = nil // it knows more than the file
 		}
 	}
-	w.mu.Lock()
-	w.status.Offset += int64(n)
-	w.status.UpdatedAt = time.Now().UTC()
-	w.mu.Unlock()
+	w.advance(n)
 	if err != nil {
 		return n, fmt.Errorf("write ingest %s at %d: %w", w.status.Ref, offset, classify(err))
 	}
 	return n, nil
+}
+
+func (w *writer) advance(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.status.Offset += int64(n)
+	w.status.UpdatedAt = time.Now().UTC()
 }
 
 // Digest implements content.Writer.
@@ -284,14 +326,17 @@ func (w *writer) Status() (content.Status, error) {
 
 // Truncate implements content.Writer.
 func (w *writer) Truncate(size int64) error {
-	if w.file == nil {
+	if w.closed {
 		return w.closedError("truncate")
 	}
 	if size != 0 {
 		return fmt.Errorf("truncate ingest %s to %d: only to 0: %w", w.status.Ref, size, errdefs.ErrInvalidArgument)
 	}
-	if err := w.file.Truncate(0); err != nil {
-		return fmt.Errorf("truncate ingest %s: %w", w.status.Ref, classify(err))
+	w.buf = w.buf[:0]
+	if !w.memory {
+		if err := w.file.Truncate(0); err != nil {
+			return fmt.Errorf("truncate ingest %s: %w", w.status.Ref, classify(err))
+		}
 	}
 	w.hash = w.alg.Hash()
 	w.mu.Lock()
@@ -303,16 +348,21 @@ func (w *writer) Truncate(size int64) error {
 
 // Close implements content.Writer.
 func (w *writer) Close() error {
-	if w.file == nil {
+	if w.closed {
 		return nil
+	}
+	w.closed = true
+	defer w.release()
+	if w.memory {
+		if err := w.toDisk(); err != nil {
+			return fmt.Errorf("close ingest %s: %w", w.status.Ref, classify(err))
+		}
 	}
 	err := w.file.Close()
 	text, terr := w.status.UpdatedAt.MarshalText()
 	if terr == nil {
 		terr = fsx.WriteFile(w.s.fs, w.dir+"/updatedat", text, 0o644)
 	}
-	w.file = nil
-	w.release()
 	if err := errors.Join(err, terr); err != nil {
 		return fmt.Errorf("close ingest %s: %w", w.status.Ref, classify(err))
 	}
@@ -323,18 +373,22 @@ func (w *writer) Close() error {
 // another reason than ErrAlreadyExists. If the data cannot be synced the bytes
 // are dropped: nobody knows what is on the disk, and a second try would say yes.
 func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest, _ map[string]string) error {
-	if w.file == nil {
+	if w.closed {
 		return w.closedError("commit")
 	}
 	err := w.commit(ctx, size, expected)
 	if err == nil || errdefs.IsAlreadyExists(err) {
 		// The blob is there; what remains of the ingest is litter.
-		if cerr := w.file.Close(); cerr != nil && !errors.Is(cerr, fs.ErrClosed) {
-			w.s.log.Warn("cannot close a committed ingest", "ref", w.status.Ref, "error", cerr)
+		w.closed = true
+		if w.file != nil {
+			if cerr := w.file.Close(); cerr != nil {
+				w.s.log.Warn("cannot close a committed ingest", "ref", w.status.Ref, "error", cerr)
+			}
 		}
-		w.file = nil
-		if rerr := w.s.removeIngest(w.dir); rerr != nil {
-			w.s.log.Warn("cannot remove a committed ingest", "ref", w.status.Ref, "error", rerr)
+		if !w.memory {
+			if rerr := w.s.removeIngest(w.dir); rerr != nil {
+				w.s.log.Warn("cannot remove a committed ingest", "ref", w.status.Ref, "error", rerr)
+			}
 		}
 		w.s.opts.Faults.Pass("blobdir.commit.done")
 		w.release()
@@ -356,13 +410,17 @@ func (w *writer) commit(ctx context.Context, size int64, expected digest.Digest)
 		}
 		alg = expected.Algorithm()
 	}
-	fi, err := w.file.Stat()
-	if err != nil {
-		return err
-	}
-	if fi.Size() != w.status.Offset { // a write that failed half-way
-		if err := w.file.Truncate(w.status.Offset); err != nil {
+	var bytesOf io.ReaderAt = bytes.NewReader(w.buf)
+	if !w.memory {
+		bytesOf = w.file
+		fi, err := w.file.Stat()
+		if err != nil {
 			return err
+		}
+		if fi.Size() != w.status.Offset { // a write that failed half-way
+			if err := w.file.Truncate(w.status.Offset); err != nil {
+				return err
+			}
 		}
 	}
 	if size != 0 && size != w.status.Offset {
@@ -376,7 +434,7 @@ func (w *writer) commit(ctx context.Context, size int64, expected digest.Digest)
 	h := w.hash
 	if alg != w.alg {
 		h = alg.Hash()
-		if err := hashFile(ctx, h, w.file, w.status.Offset); err != nil {
+		if err := hashFile(ctx, h, bytesOf, w.status.Offset); err != nil {
 			return fmt.Errorf("hash with %s: %w", alg, err)
 		}
 	}
@@ -463,7 +521,7 @@ func (s *Store) makeAlgorithm(dir string) error {
 }
 
 // publish makes the data a blob: durable, then named, then durably named.
-func (w *writer) publish(dgst digest.Digest, turn *settling) error {
+func (w *writer) publish(dgst digest.Digest, turn *settling) (err error) {
 	s, data := w.s, w.dir+"/data"
 	path, err := blobPath(dgst)
 	if err != nil {
@@ -480,6 +538,17 @@ func (w *writer) publish(dgst digest.Digest, turn *settling) error {
 	parent := blobs + "/" + dgst.Algorithm().String()
 	if err := s.makeAlgorithm(parent); err != nil {
 		return err
+	}
+	if w.memory {
+		data = w.dir + staged
+		if err := w.stage(data); err != nil {
+			return err
+		}
+		defer func() {
+			if err != nil {
+				w.unstage(data)
+			}
+		}()
 	}
 	if err := w.file.Chmod(0o444); err != nil {
 		return err
@@ -510,13 +579,44 @@ func (w *writer) publish(dgst digest.Digest, turn *settling) error {
 	return nil
 }
 
+// stage writes what is in memory to a file, which becomes w.file.
+func (w *writer) stage(name string) (err error) {
+	f := w.s.fs
+	if err := f.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // left by a crash
+		return err
+	}
+	if w.file, err = f.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644); err != nil {
+		w.file = nil
+		return err
+	}
+	if len(w.buf) > 0 {
+		if _, err := w.file.WriteAt(w.buf, 0); err != nil {
+			w.unstage(name)
+			return err
+		}
+	}
+	return nil
+}
+
+// unstage takes stage back: the bytes are still in memory.
+func (w *writer) unstage(name string) {
+	err := w.file.Close()
+	w.file = nil
+	if rerr := w.s.fs.Remove(name); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+		err = errors.Join(err, rerr)
+	}
+	if err != nil {
+		w.s.log.Warn("cannot remove a staged blob", "file", name, "error", err)
+	}
+}
+
 func (w *writer) sync() error {
 	if w.s.opts.NoSync {
 		return nil
 	}
 	err := w.file.Sync()
-	if err == nil {
-		return nil
+	if err == nil || w.memory { // in memory nothing is lost
+		return err
 	}
 	if terr := w.Truncate(0); terr != nil {
 		// The bytes must not be resumed: without the file there is no ingest.
