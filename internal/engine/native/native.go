@@ -55,14 +55,14 @@ func Open(root string, cfg Config, log *slog.Logger, opts ...Option) (*Store, er
 
 // Prepare is snapshot.Store's. It copies the parent.
 func (s *Store) Prepare(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
-	r, err := s.Make(ctx, snapshot.KindActive, key, parent, labels, func(ctx context.Context, dir string, plan snapmeta.Record) error {
+	r, err := s.Make(ctx, snapshot.KindActive, key, parent, labels, func(ctx context.Context, dir string, plan snapmeta.Record) (bool, error) {
 		if len(plan.ParentIDs) == 0 {
-			return os.Chmod(dir, 0o755)
+			return false, os.Chmod(dir, 0o755)
 		}
 		if err := copyTree(ctx, dir, s.Dir(plan.ParentIDs[0])); err != nil {
-			return fmt.Errorf("copy %s: %w", parent, err)
+			return false, fmt.Errorf("copy %s: %w", parent, err)
 		}
-		return nil
+		return true, nil
 	})
 	if err != nil {
 		return nil, err
@@ -72,9 +72,11 @@ func (s *Store) Prepare(ctx context.Context, key, parent string, labels map[stri
 
 // View is snapshot.Store's. It copies nothing.
 func (s *Store) View(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
-	var build func(context.Context, string, snapmeta.Record) error
+	var build snapmeta.Build
 	if parent == "" {
-		build = func(_ context.Context, dir string, _ snapmeta.Record) error { return os.Chmod(dir, 0o755) }
+		build = func(_ context.Context, dir string, _ snapmeta.Record) (bool, error) {
+			return false, os.Chmod(dir, 0o755)
+		}
 	}
 	r, err := s.Make(ctx, snapshot.KindView, key, parent, labels, build)
 	if err != nil {

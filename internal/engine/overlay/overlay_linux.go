@@ -194,7 +194,7 @@ func (s *Store) make(ctx context.Context, kind snapshot.Kind, key, parent string
 			Help:    "Linux 5.19 and a file system with id mapped mounts, or slow_chown = true for snapshots that are written to",
 		})
 	}
-	r, err := s.Make(ctx, kind, key, parent, labels, func(ctx context.Context, dir string, plan snapmeta.Record) error {
+	r, err := s.Make(ctx, kind, key, parent, labels, func(ctx context.Context, dir string, plan snapmeta.Record) (bool, error) {
 		return s.build(ctx, dir, plan, ids)
 	})
 	if err != nil {
@@ -205,26 +205,14 @@ func (s *Store) make(ctx context.Context, kind snapshot.Kind, key, parent string
 
 // build makes fs and, to be written to, work. The root directory of a mounted
 // overlay is that of its topmost layer, so it gets the parent's mode and owner.
-func (s *Store) build(ctx context.Context, dir string, plan snapmeta.Record, ids *mappings) error {
-	data := filepath.Join(dir, dataDir)
-	if err := os.Mkdir(data, 0o755); err != nil {
-		return err
-	}
-	work := filepath.Join(dir, workDir)
-	if plan.Kind == snapshot.KindActive {
-		if err := os.Mkdir(work, 0o711); err != nil {
-			return err
-		}
-		if err := os.Chmod(work, 0o711); err != nil { // whatever the umask
-			return err
-		}
-	}
+func (s *Store) build(ctx context.Context, dir string, plan snapmeta.Record, ids *mappings) (copied bool, err error) {
+	data, work := filepath.Join(dir, dataDir), filepath.Join(dir, workDir)
 	uid, gid, mode := uint32(os.Geteuid()), uint32(os.Getegid()), uint32(0o755)
 	if len(plan.ParentIDs) > 0 {
 		var st unix.Stat_t
 		parent := s.Data(plan.ParentIDs[0])
 		if err := unix.Lstat(parent, &st); err != nil {
-			return &os.PathError{Op: "stat", Path: parent, Err: err}
+			return false, &os.PathError{Op: "stat", Path: parent, Err: err}
 		}
 		uid, gid, mode = st.Uid, st.Gid, st.Mode&0o7777
 	}
@@ -239,27 +227,50 @@ func (s *Store) build(ctx context.Context, dir string, plan snapmeta.Record, ids
 		shift = !s.remap && len(plan.ParentIDs) > 0 && !ids.shifted(uid, gid)
 		uid, gid = ids.toHost(uid, gid)
 	}
-	if uid != uint32(os.Geteuid()) || gid != uint32(os.Getegid()) {
-		if err := os.Lchown(data, int(uid), int(gid)); err != nil {
-			return err
+	if err := mkdir(data, uid, gid, mode); err != nil {
+		return false, err
+	}
+	if plan.Kind == snapshot.KindActive {
+		if err := mkdir(work, uint32(os.Geteuid()), uint32(os.Getegid()), 0o711); err != nil {
+			return false, err
 		}
 	}
-	if err := unix.Chmod(data, mode); err != nil {
-		return &os.PathError{Op: "chmod", Path: data, Err: err}
-	}
 	if !shift {
-		return nil
+		return false, nil
 	}
 	m := s.overlay(data, work, plan.ParentIDs)
 	place := filepath.Join(s.Root(), probeDir)
 	if err := os.MkdirAll(place, 0o700); err != nil {
-		return err
+		return false, err
 	}
-	err := mountx.WithTemp(ctx, place, []mount.Mount{m}, func(root string) error {
+	err = mountx.WithTemp(ctx, place, []mount.Mount{m}, func(root string) error {
 		return chownTree(ctx, root, ids)
 	})
 	if err != nil {
-		return fmt.Errorf("change owners: %w", err)
+		return false, fmt.Errorf("change owners: %w", err)
+	}
+	return true, nil
+}
+
+// mkdir makes a directory with an owner and exactly that mode.
+func mkdir(path string, uid, gid, mode uint32) error {
+	if err := os.Mkdir(path, os.FileMode(mode&0o777)); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Uid != uid || st.Gid != gid {
+		if err := os.Lchown(path, int(uid), int(gid)); err != nil {
+			return err
+		}
+	}
+	if st.Mode&0o7777 == mode {
+		return nil
+	}
+	if err := unix.Chmod(path, mode); err != nil {
+		return &os.PathError{Op: "chmod", Path: path, Err: err}
 	}
 	return nil
 }

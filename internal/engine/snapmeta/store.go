@@ -146,17 +146,16 @@ func (s *Store) Get(key string) (r Record, err error) {
 	return r, err
 }
 
-// Make makes a snapshot: build fills its directory, which is empty and has
-// mode 0700, and the record follows when that is durable. A nil build makes no
-// directory. plan is the record to be, without its ID. Whatever fails, nothing
+// Build fills the directory of a new snapshot, which is empty and has mode
+// 0700. plan is the record to be, without its ID. copied says that there is
+// more in it than empty directories, of which the last made comes after the
+// last change of another one's mode or owner.
+type Build func(ctx context.Context, dir string, plan Record) (copied bool, err error)
+
+// Make makes a snapshot: build fills its directory, and the record follows
+// when that is durable. A nil build makes no directory. Whatever fails, nothing
 // but garbage is left. Errors are those of snapshot.Store.Prepare.
-func (s *Store) Make(ctx context.Context, kind snapshot.Kind, key, parent string, labels map[string]string,
-	build func(ctx context.Context, dir string, plan Record) error) (Record, error) {
-	for k := range labels {
-		if k == "" {
-			return Record{}, fmt.Errorf("snapshot %s: label without a key: %w", key, errdefs.ErrInvalidArgument)
-		}
-	}
+func (s *Store) Make(ctx context.Context, kind snapshot.Kind, key, parent string, labels map[string]string, build Build) (Record, error) {
 	labels = maps.Clone(labels)
 	var plan Record
 	err := s.db.View(func(tx *Tx) (err error) {
@@ -231,14 +230,22 @@ func (s *Store) settle(id uint64) {
 	delete(s.made, id)
 }
 
-func (s *Store) fill(ctx context.Context, id uint64, plan Record, build func(context.Context, string, Record) error) error {
-	if err := build(ctx, s.Dir(id), plan); err != nil {
+func (s *Store) fill(ctx context.Context, id uint64, plan Record, build Build) error {
+	copied, err := build(ctx, s.Dir(id), plan)
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
 		return err
 	}
-	if err := ctx.Err(); err != nil {
-		return err
+	if copied {
+		err = s.persist(ctx, s.Dir(id))
+	} else {
+		// The journal or log that has the last entry of a directory has all that
+		// came before, and the inodes of new entries: one sync is enough.
+		err = syncDir(s.Dir(id))
 	}
-	if err := s.persist(ctx, s.Dir(id)); err != nil {
+	if err != nil {
 		return err
 	}
 	return s.entries.wait(ctx)
@@ -257,11 +264,6 @@ func (s *Store) discard(id uint64) {
 // the moment share.
 func (s *Store) Commit(ctx context.Context, name, key string, opts snapshot.CommitOptions) error {
 	opts.Labels = maps.Clone(opts.Labels)
-	for k := range opts.Labels {
-		if k == "" {
-			return fmt.Errorf("commit %s as %s: label without a key: %w", key, name, errdefs.ErrInvalidArgument)
-		}
-	}
 	var plan Record
 	err := s.db.View(func(tx *Tx) (err error) {
 		plan, err = tx.PlanCommit(name, key, opts, s.opts.Rebase)

@@ -92,6 +92,15 @@ func checkKey(key string) error {
 	return nil
 }
 
+func checkLabels(key string, labels map[string]string) error {
+	for k := range labels {
+		if k == "" || len(k) > bolt.MaxKeySize {
+			return fmt.Errorf("snapshot %s: label with a key of %d bytes: %w", key, len(k), errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
 func notFound(key string) error { return fmt.Errorf("snapshot %s: %w", key, errdefs.ErrNotFound) }
 
 func exists(key string) error { return fmt.Errorf("snapshot %s: %w", key, errdefs.ErrAlreadyExists) }
@@ -156,6 +165,9 @@ func (tx *Tx) Plan(kind snapshot.Kind, key, parent string, labels map[string]str
 	if err := checkKey(key); err != nil {
 		return Record{}, err
 	}
+	if err := checkLabels(key, labels); err != nil {
+		return Record{}, err
+	}
 	if tx.bucket(key) != nil {
 		return Record{}, exists(key)
 	}
@@ -194,6 +206,9 @@ func (tx *Tx) Create(id uint64, kind snapshot.Kind, key, parent string, labels m
 // whether a snapshot on nothing may get a parent.
 func (tx *Tx) PlanCommit(name, key string, opts snapshot.CommitOptions, rebase bool) (Record, error) {
 	if err := checkKey(name); err != nil {
+		return Record{}, err
+	}
+	if err := checkLabels(name, opts.Labels); err != nil {
 		return Record{}, err
 	}
 	r, err := tx.Get(key)
@@ -288,6 +303,9 @@ func (tx *Tx) Update(info snapshot.Info, paths ...string) (Record, error) {
 	labels, err := fields.Labels(r.Labels, info.Labels, paths)
 	if err != nil {
 		return Record{}, fmt.Errorf("snapshot %s: %w", info.Name, err)
+	}
+	if err := checkLabels(info.Name, labels); err != nil {
+		return Record{}, err
 	}
 	r.Labels, r.UpdatedAt = labels, time.Now().UTC()
 	if err := tx.writable(); err != nil {
