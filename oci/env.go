@@ -13,7 +13,7 @@ import (
 const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 const (
-	maxEnvFile = 16 << 20 // bytes of an environment file
+	maxEnvFile = 4 << 20 // bytes of an environment file: the kernel takes less
 	maxEnvLine = 1 << 20
 )
 
@@ -71,7 +71,7 @@ func checkEnv(env []string) error {
 // ParseEnvFile reads KEY=value lines. Empty lines and those that begin with #
 // are left out; a line with only KEY takes the value that lookup has for it,
 // and nothing if there is none. Values are taken as they are, quotes and
-// spaces included. Bad lines and more than 16 MiB are ErrInvalidArgument with
+// spaces included. Bad lines and more than 4 MiB are ErrInvalidArgument with
 // the number of the line.
 func ParseEnvFile(r io.Reader, lookup func(key string) (string, bool)) ([]string, error) {
 	limited := &io.LimitedReader{R: r, N: maxEnvFile + 1}

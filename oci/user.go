@@ -18,9 +18,9 @@ import (
 // line and never kept.
 const (
 	maxDatabase  = 8 << 20 // bytes of passwd, and of group
-	maxLine      = 1 << 20  // bytes of one line
-	maxGroups    = 65536    // of one user: what the kernel takes
-	maxUserInput = 512      // bytes of a user string
+	maxLine      = 1 << 20 // bytes of one line
+	maxGroups    = 65536   // of one user: what the kernel takes
+	maxUserInput = 512     // bytes of a user string
 )
 
 // ResolveUser turns a user string into ids. The string is "", "user",

@@ -139,22 +139,13 @@ func TestHugeDatabases(t *testing.T) {
 	if _, err := ResolveUser(nil, &endless{text: "a:x:1:root\n"}, ""); !errdefs.IsOutOfRange(err) || !strings.Contains(err.Error(), "group") {
 		t.Errorf("endless group: %v", err)
 	}
-	pr, pw := io.Pipe()
-	go func() {
-		for i := 1; ; i++ {
-			if _, err := fmt.Fprintf(pw, "g%d:x:%d:root\n", i, i); err != nil {
-				return
-			}
-		}
-	}()
-	if _, err := ResolveUser(nil, pr, "root2"); !errdefs.IsNotFound(err) {
-		t.Errorf("group is read for an unknown user: %v", err)
+	var many strings.Builder
+	for i := range maxGroups + 10 {
+		fmt.Fprintf(&many, "g%d:x:%d:root\n", i, i)
 	}
-	_, err := ResolveUser(nil, pr, "")
-	if !errdefs.IsOutOfRange(err) || !strings.Contains(err.Error(), "65536") {
+	if _, err := ResolveUser(nil, strings.NewReader(many.String()), ""); !errdefs.IsOutOfRange(err) || !strings.Contains(err.Error(), "65536") {
 		t.Errorf("too many groups: %v", err)
 	}
-	pr.Close()
 	// A user that is found early costs only the bytes up to it.
 	if u, err := ResolveUser(&endless{text: "a:x:5:6::/:\n"}, nil, "a"); err != nil || u.UID != 5 {
 		t.Errorf("%+v %v", u, err)
