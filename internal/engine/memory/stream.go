@@ -19,7 +19,7 @@ import (
 // concurrent use.
 type Streams struct {
 	mu   sync.Mutex
-	open map[streamKey]*openStream
+	open map[streamKey]stream.Stream
 }
 
 type streamKey struct {
@@ -28,7 +28,7 @@ type streamKey struct {
 }
 
 // NewStreams makes an empty registry of streams.
-func NewStreams() *Streams { return &Streams{open: map[streamKey]*openStream{}} }
+func NewStreams() *Streams { return &Streams{open: map[streamKey]stream.Stream{}} }
 
 // In returns the streams of a namespace, which may be "".
 func (s *Streams) In(ns namespace.ID) stream.Manager { return &streamsIn{s, ns} }
@@ -45,57 +45,33 @@ type streamsIn struct {
 	ns namespace.ID
 }
 
-// Get returns the stream; closing it frees its id.
+// Get implements stream.Manager.
 func (m *streamsIn) Get(_ context.Context, id string) (stream.Stream, error) {
 	m.s.mu.Lock()
 	defer m.s.mu.Unlock()
-	if o, ok := m.s.open[streamKey{m.ns, id}]; ok {
-		return o, nil
+	if st, ok := m.s.open[streamKey{m.ns, id}]; ok {
+		return st, nil
 	}
-	return nil, fmt.Errorf("stream %q: %w", id, errdefs.ErrNotFound)
+	return nil, fmt.Errorf("stream %.100q: %w", id, errdefs.ErrNotFound)
 }
 
-// Register offers st until it or what Get returned is closed.
-func (m *streamsIn) Register(_ context.Context, id string, st stream.Stream) error {
-	if id == "" || len(id) > 1024 {
-		return fmt.Errorf("stream: id of %d bytes: %w", len(id), errdefs.ErrInvalidArgument)
+// Register implements stream.Manager.
+func (m *streamsIn) Register(_ context.Context, id string, st stream.Stream) (func(), error) {
+	if id == "" || len(id) > stream.MaxID {
+		return nil, fmt.Errorf("stream: an id of %d bytes: %w", len(id), errdefs.ErrInvalidArgument)
 	}
 	key := streamKey{m.ns, id}
 	m.s.mu.Lock()
 	defer m.s.mu.Unlock()
 	if _, taken := m.s.open[key]; taken {
-		return fmt.Errorf("stream %q: %w", id, errdefs.ErrAlreadyExists)
+		return nil, fmt.Errorf("stream %.100q: %w", id, errdefs.ErrAlreadyExists)
 	}
-	o := &openStream{Stream: st}
-	o.free = func() {
+	m.s.open[key] = st
+	return sync.OnceFunc(func() {
 		m.s.mu.Lock()
 		defer m.s.mu.Unlock()
-		if m.s.open[key] == o {
-			delete(m.s.open, key)
-		}
-	}
-	m.s.open[key] = o
-	return nil
-}
-
-// Unregister frees an id whose stream has ended by itself.
-func (m *streamsIn) Unregister(id string, st stream.Stream) {
-	key := streamKey{m.ns, id}
-	m.s.mu.Lock()
-	defer m.s.mu.Unlock()
-	if o := m.s.open[key]; o != nil && o.Stream == st {
 		delete(m.s.open, key)
-	}
-}
-
-type openStream struct {
-	stream.Stream
-	free func()
-}
-
-func (o *openStream) Close() error {
-	o.free()
-	return o.Stream.Close()
+	}), nil
 }
 
 // StreamPair makes two ends of a stream, for tests and for clients in the same process.
