@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -565,10 +566,18 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+// shutdown asks the shim to end; as for every daemon, its end is an answer.
+func (k *task) shutdown() {
+	k.t.Helper()
+	if err := k.call("Shutdown", &taskapi.ShutdownRequest{ID: k.id}, nil); err != nil && !errors.Is(err, ttrpc.ErrClosed) {
+		k.t.Fatalf("Shutdown: %v", err)
+	}
+}
+
 // finish ends the shim and checks that nothing is left of it.
 func (k *task) finish() {
 	k.t.Helper()
-	k.must("Shutdown", &taskapi.ShutdownRequest{ID: k.id}, nil)
+	k.shutdown()
 	eventually(k.t, "end of the shim", func() bool { return !alive(k.shimPid) })
 	if left, _ := filepath.Glob(k.sockets + "/[0-9a-f]*"); len(left) != 0 {
 		k.t.Errorf("sockets are left: %v", left)

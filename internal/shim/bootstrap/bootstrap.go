@@ -279,7 +279,7 @@ func makeSocketDir(dir string) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() {
 		return fmt.Errorf("socket directory %s is not ours: %w", dir, errdefs.ErrPermissionDenied)
 	}
-	if st.Mode&0o077 != 0 {
+	if st.Mode&0o777 != 0o700 {
 		return os.Chmod(dir, 0o700)
 	}
 	return nil

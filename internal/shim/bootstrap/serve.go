@@ -42,6 +42,7 @@ const (
 	goodbye = 5 * time.Second
 	// lastAnswer bounds the wait for the answer to Shutdown being written.
 	lastAnswer = 100 * time.Millisecond
+	answerRead = 2 * time.Millisecond
 	listenerFD = 3
 )
 
@@ -128,6 +129,9 @@ func serve(b Build, a Args) error {
 	os.Remove(a.Socket)
 	select {
 	case <-answered:
+		// Clients pick at random between an answer and the connection's end
+		// when they see both.
+		time.Sleep(answerRead)
 	case <-time.After(lastAnswer):
 	}
 	bye, cancelBye := context.WithTimeout(ctx, goodbye)
