@@ -1,9 +1,12 @@
 package blobdir
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
 	"syscall"
 	"testing"
 
@@ -11,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/gantryd/gantry/core/content"
+	"github.com/gantryd/gantry/internal/lib/fault"
 	"github.com/gantryd/gantry/internal/lib/fsx"
 )
 
@@ -310,11 +314,66 @@ func killBeforeEveryOperation(t *testing.T, spill int) {
 				l.acked[dgst] = true
 			}
 		}
+		if err := l.commit(ctx, s, "after", []byte("after the kill"), digest.SHA256); err != nil {
+			t.Errorf("killed before operation %d: next commit: %v", k, err)
+		}
 		if s, err = openMem(disk.Restart(fsx.KeepNothing, 0), spill); err == nil {
 			err = l.audit(ctx, s)
 		}
 		if err != nil {
 			t.Errorf("killed before operation %d, then a power cut: %v", k, err)
+		}
+	}
+}
+
+// The same with a real process and a real disk, at the named points.
+//
+// contract: 4.1.3
+// promise: P32
+func TestKillAtFaultPoints(t *testing.T) {
+	ctx, data := t.Context(), bytes.Repeat([]byte("a layer "), 20_000)
+	if spec := os.Getenv("BLOBDIR_TEST_FAULT"); spec != "" {
+		points, err := fault.Parse(spec, fault.Kill)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := Open(os.Getenv("BLOBDIR_TEST_DIR"), Options{Faults: points})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := s.Writer(ctx, "layer", content.WriterOptions{Total: int64(len(data))})
+		if err == nil {
+			_, err = w.Write(data)
+		}
+		if err == nil {
+			err = w.Commit(ctx, 0, "", nil)
+		}
+		t.Fatal("alive: ", err)
+	}
+	for _, point := range []string{"synced", "renamed", "done"} {
+		dir := t.TempDir()
+		cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestKillAtFaultPoints$")
+		cmd.Env = append(os.Environ(), "BLOBDIR_TEST_FAULT=blobdir.commit."+point+":1", "BLOBDIR_TEST_DIR="+dir)
+		out, err := cmd.CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			t.Fatalf("%s: the child ended with %v: %s", point, err, out)
+		}
+		s := open(t, dir, Options{})
+		_, err = s.Info(ctx, digest.FromBytes(data))
+		if errdefs.IsNotFound(err) == (point != "synced") {
+			t.Errorf("killed when %s: the blob: %v", point, err)
+		}
+		st, err := s.Status(ctx, "layer")
+		if (err == nil) != (point == "synced") || err == nil && st.Offset != int64(len(data)) {
+			t.Errorf("killed when %s: the ingest: %+v, %v", point, st, err)
+		}
+		l := newLedger()
+		if err := l.commit(ctx, s, "layer", data, digest.SHA256); err != nil {
+			t.Errorf("killed when %s: the next commit: %v", point, err)
+		}
+		if err := l.audit(ctx, s); err != nil {
+			t.Errorf("killed when %s: %v", point, err)
 		}
 	}
 }
