@@ -68,13 +68,16 @@ func load(root string) (*token.FileSet, []source, error) {
 	return fset, all, err
 }
 
-// check applies every rule.
-func check(fset *token.FileSet, all []source) []violation {
+// check applies every rule. The second result are the exceptions that were
+// used, by their index.
+func check(fset *token.FileSet, all []source) ([]violation, map[int]bool) {
 	var vs []violation
+	used := map[int]bool{}
 	add := func(rule string, s source, pos token.Pos, format string, args ...any) {
 		where := path.Join(s.pkg, s.name)
-		for _, a := range allowed {
+		for i, a := range allowed {
 			if a.rule == rule && a.file == where {
+				used[i] = true
 				return
 			}
 		}
@@ -113,7 +116,7 @@ func check(fset *token.FileSet, all []source) []violation {
 		}
 	}
 	sort.Slice(vs, func(i, j int) bool { return vs[i].String() < vs[j].String() })
-	return vs
+	return vs, used
 }
 
 type report func(rule string, s source, pos token.Pos, format string, args ...any)
@@ -165,7 +168,7 @@ func imports(s source, add report) {
 				add("owned module", s, spec.Pos(), "%s may not import %s, only %s may", s.pkg, p, strings.Join(o.only, ", "))
 			}
 		}
-		if bolt, cmp := below(p, "go.etcd.io/bbolt"), suite && below(p, "github.com/google/go-cmp"); !bolt && !cmp && !belowAny(p, l.external) {
+		if bolt := below(p, "go.etcd.io/bbolt"); !bolt && !(suite && belowAny(p, suiteModules)) && !belowAny(p, l.external) {
 			add("module", s, spec.Pos(), "%s is not on the list of %q", p, l.dir)
 		}
 	}
@@ -279,8 +282,14 @@ func TestHouse(t *testing.T) {
 	if len(all) < 10 {
 		t.Fatalf("only %d files found", len(all))
 	}
-	for _, v := range check(fset, all) {
+	vs, used := check(fset, all)
+	for _, v := range vs {
 		t.Error(v)
+	}
+	for i, a := range allowed {
+		if !used[i] {
+			t.Errorf("the exception %q for %s is not needed any more", a.rule, a.file)
+		}
 	}
 }
 
@@ -293,7 +302,8 @@ func TestRulesBite(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := map[string]bool{}
-	for _, v := range check(fset, all) {
+	vs, _ := check(fset, all)
+	for _, v := range vs {
 		file, _, _ := strings.Cut(v.where, ":")
 		got[file+" "+v.rule] = true
 	}

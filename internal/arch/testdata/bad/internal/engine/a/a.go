@@ -3,7 +3,7 @@ package a
 
 import (
 	_ "go.etcd.io/bbolt"
-	_ "google.golang.org/grpc/codes"
+	_ "google.golang.org/grpc/metadata"
 
 	_ "github.com/gantryd/gantry/internal/engine/a/inner"
 	_ "github.com/gantryd/gantry/internal/engine/b"
