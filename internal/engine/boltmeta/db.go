@@ -75,6 +75,7 @@ type DB struct {
 	mu    sync.Mutex           // guards what follows
 	busy  map[ingest]time.Time // ingests with an open writer, and since when
 	soil  map[string]bool      // what to reclaim: snapshotters by name, and content as ""
+	sick  map[string]time.Time // backends that did not answer, and until when they are left alone
 	first map[string]bool      // snapshotters not reclaimed since Open
 }
 
@@ -104,7 +105,7 @@ func Open(path string, o Options) (*DB, error) {
 		return nil, fmt.Errorf("open metadata %s: %w", path, err)
 	}
 	db := &DB{path: path, o: o, isolated: o.SharingPolicy == SharingIsolated,
-		keys: map[string]*pins{}, busy: map[ingest]time.Time{}, soil: map[string]bool{"": true}, first: map[string]bool{}}
+		keys: map[string]*pins{}, busy: map[ingest]time.Time{}, soil: map[string]bool{"": true}, first: map[string]bool{}, sick: map[string]time.Time{}}
 	for name := range o.Snapshotters {
 		db.keys[name] = &pins{}
 		db.soil[name] = true

@@ -28,7 +28,9 @@ var _ graph.Store = (*DB)(nil)
 // is the longest that a collection can take.
 const (
 	removeTimeout = 30 * time.Second
-	listTimeout   = 2 * time.Minute
+	listTimeout   = time.Minute
+	// sickTime is how long a backend that did not answer is left alone.
+	sickTime = 5 * time.Minute
 )
 
 // Objects implements graph.Store.
@@ -244,6 +246,9 @@ func (db *DB) Reclaim(ctx context.Context) (graph.Freed, error) {
 		if name == "" && db.o.Content == nil || name != "" && db.o.Snapshotters[name] == nil {
 			continue // not loaded this time
 		}
+		if db.now().Before(db.sick[name]) {
+			continue // it would only keep the others waiting
+		}
 		dirty = append(dirty, name)
 		delete(db.soil, name)
 	}
@@ -274,6 +279,11 @@ func (db *DB) Reclaim(ctx context.Context) (graph.Freed, error) {
 			if err != nil {
 				errs = append(errs, err)
 				db.due(name)
+				if errors.Is(err, context.DeadlineExceeded) {
+					db.mu.Lock()
+					db.sick[name] = db.now().Add(sickTime)
+					db.mu.Unlock()
+				}
 			}
 		})
 	}
