@@ -2,6 +2,7 @@ package tarstream
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -484,19 +485,9 @@ func (u *unpacker) stream(fd int, hdr *tar.Header, tr io.Reader, sparse bool) er
 	return nil
 }
 
+// isZero compares the block with itself, one byte on.
 func isZero(b []byte) bool {
-	for len(b) >= 8 {
-		if b[0]|b[1]|b[2]|b[3]|b[4]|b[5]|b[6]|b[7] != 0 {
-			return false
-		}
-		b = b[8:]
-	}
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 func writeAll(fd int, b []byte) error {
