@@ -44,7 +44,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// contract: 8.3.5, 10.4
+// contract: 10.4
 func TestGolden(t *testing.T) {
 	fuse := specs.LinuxDevice{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229}
 	withFuse := facts

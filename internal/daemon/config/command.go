@@ -1,8 +1,10 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -35,9 +37,16 @@ func WriteEffective(w io.Writer, c *Config) error {
 }
 
 // WriteMigrated prints one file brought to the current version, without its
-// imports and without defaults (`config migrate`).
+// imports and without defaults (`config migrate`). An empty path is
+// DefaultPath; a missing file is ErrNotFound.
 func WriteMigrated(w io.Writer, path string) ([]Warning, error) {
+	if path == "" {
+		path = DefaultPath
+	}
 	data, err := readFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("migrate configuration %s: %w", path, err)
 	}

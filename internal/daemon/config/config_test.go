@@ -65,7 +65,7 @@ func has(ws []Warning, kind Kind, part string) bool {
 // Files as they are found in the field are migrated to the golden text, and
 // that text reads back as the same configuration.
 //
-// contract: 2.3.1, 2.3.7, 2.3.13, 2.3.14, 8.2.6, 13.12, 14.9
+// contract: 2.3.1, 2.3.7, 2.3.13, 2.3.14, 13.12
 func TestMigrateGolden(t *testing.T) {
 	for _, name := range []string{"dockerd", "kubeadm", "kind", "k3s", "v1"} {
 		t.Run(name, func(t *testing.T) {
@@ -100,7 +100,7 @@ func TestMigrateGolden(t *testing.T) {
 
 // Every finding names file, line and column; none stops the load.
 //
-// contract: 2.3.5, 2.4.2
+// contract: 2.3.5
 // promise: P37
 func TestCheckGolden(t *testing.T) {
 	for _, name := range []string{"bad", "kubeadm", "v1", "dockerd"} {
@@ -152,7 +152,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// contract: 2.3.2, 8.2.1
+// contract: 2.3.2
 func TestDefaults(t *testing.T) {
 	c := Default()
 	if c.Root != "/var/lib/gantry" || c.State != "/run/gantry" || c.Address() != "/run/gantry/gantry.sock" || c.TTRPCAddress() != "/run/gantry/gantry.sock.ttrpc" {
@@ -161,6 +161,9 @@ func TestDefaults(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "none.toml")
 	if _, _, err := Load(missing, Options{}); !errdefs.IsNotFound(err) || !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("an explicit missing file: %v, want not found", err)
+	}
+	if _, err := WriteMigrated(&bytes.Buffer{}, missing); !errdefs.IsNotFound(err) {
+		t.Errorf("migrate a missing file: %v, want not found", err)
 	}
 	o, ws, err := Load(missing, Options{Optional: true})
 	if err != nil || len(ws) != 0 {
@@ -327,8 +330,58 @@ imports = ["../config.toml", "10-a.toml"]
 	}
 }
 
-// A list or a broken file that the main file imports still fails with its own
-// position.
+// Keys that are going to be removed are read, each with its warning's id.
+//
+// contract: 2.4.2
+func TestDeprecated(t *testing.T) {
+	_, ws := load(t, `version = 2
+[plugins.'io.containerd.grpc.v1.cri']
+  enable_cdi = false
+[plugins.'io.containerd.grpc.v1.cri'.registry.mirrors.'a.b']
+  endpoint = ['https://c']
+[plugins.'io.containerd.grpc.v1.cri'.registry.configs.'a.b'.tls]
+  insecure_skip_verify = true
+[plugins.'io.containerd.grpc.v1.cri'.registry.auths.'a.b']
+  username = 'u'
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dir = '/b'
+[plugins.'io.containerd.tracing.processor.v1.otlp']
+  endpoint = 'http://e'
+  protocol = 'grpc'
+  insecure = true
+[plugins.'io.containerd.internal.v1.tracing']
+  service_name = 's'
+  sampling_ratio = 0.5
+`, Options{})
+	var got []string
+	for _, w := range ws {
+		if w.Kind == Unknown || w.Kind == WrongType {
+			t.Errorf("not accepted: %s", w)
+		}
+		if w.Kind == Deprecated {
+			got = append(got, strings.TrimPrefix(w.ID, "io.containerd.deprecation/"))
+		}
+	}
+	want := strings.Fields("cri-registry-mirrors cri-registry-auths cri-registry-configs cri-cni-bin-dir " +
+		"tracing-processor-config tracing-processor-config tracing-processor-config tracing-service-config tracing-service-config enable-cdi")
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+// Drop-ins load only when the file itself lists them.
+//
+// contract: 2.3.3, 13.12
+func TestDropInsMustBeListed(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "conf.d/a.toml"), "version = 3\noom_score = 9\n")
+	c, _, err := Load(write(t, filepath.Join(dir, "config.toml"), "version = 3\n"), Options{})
+	if err != nil || c.OOMScore != 0 || len(c.Files) != 1 {
+		t.Errorf("oom_score %d of %v: %v", c.OOMScore, c.Files, err)
+	}
+}
+
+// A broken file that the main file imports fails with its own position.
 //
 // contract: 2.3.5
 func TestBrokenImport(t *testing.T) {

@@ -180,7 +180,7 @@ func helperSignals() {
 	fmt.Println("orderly end")
 }
 
-// contract: 8.2.4, 9.3.3
+// contract: 8.2.4
 func TestSignals(t *testing.T) {
 	temp := t.TempDir()
 	cmd, out, _ := child(t, "signals", temp)
@@ -276,8 +276,6 @@ func TestPrepare(t *testing.T) {
 
 // A second daemon on the same root gets a clear error; a killed one leaves no
 // stale lock.
-//
-// contract: 13.41
 func TestLockRoot(t *testing.T) {
 	root := t.TempDir()
 	cmd, out, _ := child(t, "lock", root)
