@@ -8,10 +8,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/core/mount"
 	"github.com/gantryd/gantry/core/snapshot"
@@ -112,7 +111,7 @@ func testReadOnly(t *testing.T, e env) {
 	e.build(t, "C", "B", func(root string) { write(t, root, "g", "y") })
 	for _, parent := range []string{"", "A", "B", "C"} {
 		e.in(t, e.view(t, "v"+parent, parent), func(root string) {
-			if err := os.WriteFile(filepath.Join(root, "new"), nil, 0o644); !errors.Is(err, unix.EROFS) {
+			if err := os.WriteFile(filepath.Join(root, "new"), nil, 0o644); !errors.Is(err, syscall.EROFS) {
 				t.Errorf("write to a view of %q: %v", parent, err)
 			}
 		})
@@ -208,20 +207,20 @@ func testKinds(t *testing.T, e env) {
 		must(t, os.WriteFile(p("big"), long, 0o600))
 		must(t, os.WriteFile(p("suid"), []byte("x"), 0o755))
 		must(t, os.Chown(p("suid"), 12, 34))
-		must(t, unix.Chmod(p("suid"), 0o6751))
+		must(t, syscall.Chmod(p("suid"), 0o6751))
 		must(t, os.Symlink("/nowhere/at/all", p("dangling")))
 		must(t, os.Lchown(p("dangling"), 56, 78))
 		must(t, os.WriteFile(p("link1"), []byte("linked"), 0o644))
 		must(t, os.Link(p("link1"), p("link2")))
-		must(t, unix.Mkfifo(p("fifo"), 0o640))
-		must(t, unix.Mknod(p("null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
-		must(t, unix.Mknod(p("disk"), unix.S_IFBLK|0o660, int(unix.Mkdev(7, 200))))
+		must(t, syscall.Mkfifo(p("fifo"), 0o640))
+		must(t, syscall.Mknod(p("null"), syscall.S_IFCHR|0o666, int(device(1, 3))))
+		must(t, syscall.Mknod(p("disk"), syscall.S_IFBLK|0o660, int(device(7, 200))))
 		must(t, os.Mkdir(p("sticky"), 0o777))
-		must(t, unix.Chmod(p("sticky"), 0o1777))
+		must(t, syscall.Chmod(p("sticky"), 0o1777))
 		must(t, os.WriteFile(p("attr"), nil, 0o644))
-		must(t, unix.Setxattr(p("attr"), "trusted.test", []byte("v\x00w"), 0))
+		must(t, syscall.Setxattr(p("attr"), "trusted.test", []byte("v\x00w"), 0))
 		must(t, os.WriteFile(p("caps"), nil, 0o755))
-		must(t, unix.Setxattr(p("caps"), "security.capability", []byte("\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0))
+		must(t, syscall.Setxattr(p("caps"), "security.capability", []byte("\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0))
 		f, err := os.Create(p("sparse"))
 		must(t, err)
 		must(t, f.Truncate(64<<20))
@@ -235,22 +234,22 @@ func testKinds(t *testing.T, e env) {
 	})
 	check := func(root string) {
 		t.Helper()
-		stat := func(name string) unix.Stat_t {
-			var st unix.Stat_t
-			if err := unix.Lstat(filepath.Join(root, name), &st); err != nil {
+		stat := func(name string) syscall.Stat_t {
+			var st syscall.Stat_t
+			if err := syscall.Lstat(filepath.Join(root, name), &st); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 			return st
 		}
 		reads(t, root, "big", string(long))
 		reads(t, root, "odd/\xff\n:,\\ name", "odd")
-		if st := stat("suid"); st.Mode != unix.S_IFREG|0o6751 || st.Uid != 12 || st.Gid != 34 || st.Mtim.Sec != stamp.Unix() || st.Mtim.Nsec != 700 {
+		if st := stat("suid"); st.Mode != syscall.S_IFREG|0o6751 || st.Uid != 12 || st.Gid != 34 || st.Mtim.Sec != stamp.Unix() || st.Mtim.Nsec != 700 {
 			t.Errorf("suid is %o %d:%d of %d", st.Mode, st.Uid, st.Gid, st.Mtim.Sec)
 		}
-		if st := stat("sticky"); st.Mode != unix.S_IFDIR|0o1777 || st.Mtim.Sec != stamp.Unix() {
+		if st := stat("sticky"); st.Mode != syscall.S_IFDIR|0o1777 || st.Mtim.Sec != stamp.Unix() {
 			t.Errorf("sticky is %o of %d", st.Mode, st.Mtim.Sec)
 		}
-		if st := stat("dangling"); st.Mode&unix.S_IFMT != unix.S_IFLNK || st.Uid != 56 || st.Gid != 78 {
+		if st := stat("dangling"); st.Mode&syscall.S_IFMT != syscall.S_IFLNK || st.Uid != 56 || st.Gid != 78 {
 			t.Errorf("dangling is %o %d:%d", st.Mode, st.Uid, st.Gid)
 		}
 		if to, err := os.Readlink(filepath.Join(root, "dangling")); to != "/nowhere/at/all" {
@@ -259,13 +258,13 @@ func testKinds(t *testing.T, e env) {
 		if a, b := stat("link1"), stat("link2"); a.Ino != b.Ino || a.Nlink != 2 {
 			t.Errorf("the hard links are two files, %d names", a.Nlink)
 		}
-		if st := stat("fifo"); st.Mode != unix.S_IFIFO|0o640 {
+		if st := stat("fifo"); st.Mode != syscall.S_IFIFO|0o640 {
 			t.Errorf("fifo is %o", st.Mode)
 		}
-		if st := stat("null"); st.Mode != unix.S_IFCHR|0o666&^umask || st.Rdev != unix.Mkdev(1, 3) {
+		if st := stat("null"); st.Mode != syscall.S_IFCHR|0o666&^umask || st.Rdev != device(1, 3) {
 			t.Errorf("null is %o %x", st.Mode, st.Rdev)
 		}
-		if st := stat("disk"); st.Mode&unix.S_IFMT != unix.S_IFBLK || st.Rdev != unix.Mkdev(7, 200) {
+		if st := stat("disk"); st.Mode&syscall.S_IFMT != syscall.S_IFBLK || st.Rdev != device(7, 200) {
 			t.Errorf("disk is %o %x", st.Mode, st.Rdev)
 		}
 		if st := stat("sparse"); st.Size != 64<<20 || st.Blocks*512 > 1<<20 {
@@ -276,7 +275,7 @@ func testKinds(t *testing.T, e env) {
 			{"caps", "security.capability"}: "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
 		} {
 			buf := make([]byte, 64)
-			n, err := unix.Getxattr(filepath.Join(root, name[0]), name[1], buf)
+			n, err := syscall.Getxattr(filepath.Join(root, name[0]), name[1], buf)
 			if err != nil || string(buf[:n]) != want {
 				t.Errorf("%s of %s is %q (%v)", name[1], name[0], buf[:max(n, 0)], err)
 			}
@@ -287,24 +286,27 @@ func testKinds(t *testing.T, e env) {
 	e.look(t, "B", check)
 }
 
+// device is a number whose parts are below 256.
+func device(major, minor uint64) uint64 { return major<<8 | minor }
+
 // umask is what the test's processes usually have.
 const umask = 0o022
 
 // testRootDir checks that the root directory looks the same in a child.
 func testRootDir(t *testing.T, e env) {
 	e.build(t, "A", "", func(root string) {
-		var st unix.Stat_t
-		must(t, unix.Lstat(root, &st))
+		var st syscall.Stat_t
+		must(t, syscall.Lstat(root, &st))
 		if st.Mode&0o7777 != 0o755 || st.Uid != 0 || st.Gid != 0 {
 			t.Errorf("root directory of an empty snapshot is %o %d:%d", st.Mode, st.Uid, st.Gid)
 		}
 		must(t, os.Chown(root, 1234, 2345))
-		must(t, unix.Chmod(root, 0o1750))
+		must(t, syscall.Chmod(root, 0o1750))
 	})
 	same := func(root string) {
 		t.Helper()
-		var st unix.Stat_t
-		must(t, unix.Lstat(root, &st))
+		var st syscall.Stat_t
+		must(t, syscall.Lstat(root, &st))
 		if st.Mode&0o7777 != 0o1750 || st.Uid != 1234 || st.Gid != 2345 {
 			t.Errorf("root directory is %o %d:%d", st.Mode, st.Uid, st.Gid)
 		}

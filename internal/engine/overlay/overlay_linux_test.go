@@ -74,7 +74,6 @@ func TestConformance(t *testing.T) {
 	for name, cfg := range map[string]Config{
 		"default":       {},
 		"sync_remove":   {SyncRemove: true},
-		"slow_chown":    {SlowChown: true},
 		"mount_options": {MountOptions: []string{"redirect_dir=off"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -252,7 +251,7 @@ func TestUpperdirLabel(t *testing.T) {
 
 func quote(s string) string { return `"` + s + `"` }
 
-// contract: 3.2.1, 13.11
+// contract: 3.2.1, 10.8
 func TestCapabilities(t *testing.T) {
 	a, b := open(t, t.TempDir(), Config{}), open(t, t.TempDir(), Config{SlowChown: true}, WithoutRemap())
 	if got := b.Capabilities(); !slices.Equal(got, []string{"rebase"}) {

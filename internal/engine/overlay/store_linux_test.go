@@ -186,6 +186,9 @@ func TestCrash(t *testing.T) {
 		crashes := 0
 		for _, point := range []string{"snapshot-made", "snapshot-filled", "snapshot-recorded", "snapshot-synced", "snapshot-committed", "snapshot-unrecorded", "snapshot-trashed"} {
 			for n := 1; n <= 3; n++ {
+				if !sync && (n > 1 || point != "snapshot-unrecorded") {
+					continue // the same as with sync
+				}
 				t.Run(fmt.Sprintf("%s %d sync %t", point, n, sync), func(t *testing.T) {
 					root, image := t.TempDir(), filepath.Join(t.TempDir(), "image")
 					hit := false
@@ -235,7 +238,7 @@ func TestCrash(t *testing.T) {
 				})
 			}
 		}
-		if crashes < 10 {
+		if sync && crashes < 10 {
 			t.Errorf("only %d crashes", crashes)
 		}
 	}
@@ -361,7 +364,7 @@ func TestNobodyWaits(t *testing.T) {
 	}
 }
 
-// contract: 3.2.1, 3.1.8, 1.3.31
+// contract: 3.2.1, 1.3.31
 func TestRemoval(t *testing.T) {
 	for _, sync := range []bool{true, false} {
 		t.Run(fmt.Sprint("sync ", sync), func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -288,6 +289,38 @@ func TestRebaseIsNotSilentlyIgnored(t *testing.T) {
 	}
 }
 
+// odd is a snapshotter with mounts that the daemon has no idea of.
+type odd struct{ *memory.Snapshots }
+
+var oddMounts = []mount.Mount{
+	{Type: "erofs", Source: "/dev/loop0", Options: []string{"ro", "X-vendor.key=a,b:c"}},
+	{Type: "format/mkdir/overlay", Source: "overlay", Target: "sub/dir", Options: []string{"lowerdir={{ overlay 0 1 }}", ""}},
+}
+
+func (odd) Mounts(context.Context, string) ([]mount.Mount, error) { return oddMounts, nil }
+
+func (o odd) View(ctx context.Context, _, _ string, _ map[string]string) ([]mount.Mount, error) {
+	return o.Mounts(ctx, "")
+}
+
+// Types, targets and options come through as they are.
+//
+// contract: 3.1.7
+func TestMountsPassThrough(t *testing.T) {
+	var s snapshot.Store = odd{memory.NewSnapshots()}
+	for hops := range 3 {
+		for what, get := range map[string]func() ([]mount.Mount, error){
+			"Mounts": func() ([]mount.Mount, error) { return s.Mounts(t.Context(), "a") },
+			"View":   func() ([]mount.Mount, error) { return s.View(t.Context(), "a", "", nil) },
+		} {
+			if m, err := get(); err != nil || !reflect.DeepEqual(m, oddMounts) {
+				t.Errorf("after %d hops %s answers %v (%v)", hops, what, m, err)
+			}
+		}
+		s = client(t, s)
+	}
+}
+
 // headers remembers what a request came with.
 type headers struct {
 	snapshotsapi.UnimplementedSnapshotsServer
@@ -301,7 +334,7 @@ func (h *headers) Remove(ctx context.Context, _ *snapshotsapi.RemoveSnapshotRequ
 	return &emptypb.Empty{}, err
 }
 
-// contract: 1.2.1, 1.2.4, 3.1.3, 3.2.9
+// contract: 1.2.1, 1.2.4, 3.2.9
 func TestHeaders(t *testing.T) {
 	h := &headers{}
 	conn := wiretest.Serve(t, func(s *grpc.Server) { snapshotsapi.RegisterSnapshotsServer(s, h) })
