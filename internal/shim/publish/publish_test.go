@@ -1,0 +1,150 @@
+//go:build linux
+
+package publish
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/api/events"
+	eventsapi "github.com/containerd/containerd/api/services/ttrpc/events/v1"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+)
+
+type sink struct {
+	mu     sync.Mutex
+	got    []string
+	refuse map[string]int
+}
+
+func (s *sink) Forward(_ context.Context, r *eventsapi.ForwardRequest) (*emptypb.Empty, error) {
+	var e events.TaskOOM
+	if err := proto.Unmarshal(r.Envelope.Event.Value, &e); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.refuse[e.ContainerID] > 0 {
+		s.refuse[e.ContainerID]--
+		return nil, errgrpc.ToGRPC(errdefs.ErrInvalidArgument)
+	}
+	s.got = append(s.got, e.ContainerID)
+	return &emptypb.Empty{}, nil
+}
+
+func (s *sink) serve(t *testing.T, path string) (stop func()) {
+	t.Helper()
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventsapi.RegisterTTRPCEventsService(server, s)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go server.Serve(context.Background(), l)
+	t.Cleanup(func() { server.Close() })
+	return func() { server.Close(); os.Remove(path) }
+}
+
+func (s *sink) await(t *testing.T, n int) []string {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		s.mu.Lock()
+		got := append([]string(nil), s.got...)
+		s.mu.Unlock()
+		if len(got) >= n {
+			return got
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d events", len(got), n)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+func socket(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return filepath.Join(dir, "ttrpc")
+}
+
+// The daemon goes and comes; events arrive once each and in order, and Close
+// lets the rest out.
+// contract: 1.4.1, 1.6.8
+func TestOrderAcrossRestarts(t *testing.T) {
+	path := socket(t)
+	p := New("unix://"+path, "ns", slog.New(slog.DiscardHandler))
+	done := make(chan error, 1)
+	go func() { done <- p.Run(t.Context()) }()
+	publish := func(from, to int) {
+		for i := from; i < to; i++ {
+			p.Publish("/tasks/oom", &events.TaskOOM{ContainerID: fmt.Sprint(i)})
+		}
+	}
+	publish(0, 10) // nobody is there yet
+	s := &sink{refuse: map[string]int{"3": 2, "5": 1000}}
+	stop := s.serve(t, path)
+	s.await(t, 9)
+	stop()
+	publish(10, 20)
+	s.serve(t, path)
+	publish(20, 30)
+	p.Close()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("Run does not end")
+	}
+	got := s.await(t, 29)
+	want := 0
+	for _, id := range got {
+		if want == 5 {
+			want++ // the one that is never accepted
+		}
+		if id != fmt.Sprint(want) {
+			t.Fatalf("%q at the place of %d", id, want)
+		}
+		want++
+	}
+}
+
+// contract: 1.4.1
+func TestQueueIsBounded(t *testing.T) {
+	p := New("/no/such/socket", "ns", slog.New(slog.DiscardHandler))
+	for i := range queueSize + 10 {
+		p.Publish("/tasks/oom", &events.TaskOOM{ContainerID: fmt.Sprint(i)})
+	}
+	if len(p.queue) != queueSize {
+		t.Errorf("%d are queued", len(p.queue))
+	}
+	var e events.TaskOOM
+	if err := proto.Unmarshal(p.queue[0].Event.Value, &e); err != nil || e.ContainerID != "10" {
+		t.Errorf("the first is %v", &e)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if err := p.Run(ctx); err == nil {
+		t.Error("Run ended without error")
+	}
+}
