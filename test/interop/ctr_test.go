@@ -90,17 +90,17 @@ func TestCtr(t *testing.T) {
 	c.run("tasks", "resume", "two")
 	c.run("tasks", "kill", "-s", "SIGKILL", "two")
 	eventually(t, "the task is stopped", func() bool { return strings.Contains(c.run("tasks", "ls"), "STOPPED") })
-	c.try("tasks", "rm", "two") // exits with the task's code
+	c.run("tasks", "rm", "two")
 	c.run("containers", "rm", "two")
 	eventually(t, "all events have come", func() bool { return strings.Contains(stream.String(), "/containers/delete") })
-	last := 0
-	for _, topic := range []string{"/snapshot/prepare", "/containers/create", "/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete", "/containers/delete"} {
-		i := strings.Index(stream.String(), topic)
-		if i < last {
+	rest := stream.String()
+	for _, topic := range []string{"/snapshot/prepare", "/containers/create", "/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit", "/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete", "/containers/delete"} {
+		_, after, ok := strings.Cut(rest, topic)
+		if !ok {
 			t.Errorf("event %s is missing or out of order in:\n%s", topic, stream.String())
 			break
 		}
-		last = i
+		rest = after
 	}
 
 	c.has(c.run("content", "ls"), made.Target.Digest.String(), "containerd.io/distribution.source")
@@ -158,9 +158,9 @@ func shimLife(t *testing.T, c ctr, runtime string) {
 	}
 	c.run("tasks", "kill", "-s", "SIGKILL", "two")
 	eventually(t, "the task is stopped", func() bool { return strings.Contains(c.run("tasks", "ls"), "STOPPED") })
-	_, _, err = c.try("tasks", "rm", "two")
-	if ee, ok := err.(*exec.ExitError); !ok || ee.ExitCode() != 137 {
-		t.Errorf("rm of the killed task: %v, want exit code 137", err)
+	_, errOut, err = c.try("tasks", "rm", "two")
+	if err != nil || !strings.Contains(errOut, "137") {
+		t.Errorf("rm of the killed task: %v %q, want a warning of exit code 137", err, errOut)
 	}
 	c.run("containers", "rm", "two")
 	c.run("images", "rm", "--sync", ref)

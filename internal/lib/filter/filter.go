@@ -137,11 +137,13 @@ func parse(text string) (allOf, error) {
 		return all, nil
 	}
 	for {
+		p.space()
 		s, err := p.selector()
 		if err != nil {
 			return nil, err
 		}
 		all = append(all, s)
+		p.space()
 		if p.pos == len(p.text) {
 			return all, nil
 		}
@@ -158,6 +160,7 @@ func (p *parser) selector() (selector, error) {
 		return selector{}, err
 	}
 	s := selector{path: path}
+	p.space()
 	rest := p.text[p.pos:]
 	switch {
 	case strings.HasPrefix(rest, "=="):
@@ -172,6 +175,7 @@ func (p *parser) selector() (selector, error) {
 		return selector{}, p.fail("expected an operator (==, !=, ~=), ',' or the end")
 	}
 	p.pos += 2
+	p.space()
 	at := p.pos
 	if s.value, err = p.value(s.op == matches); err != nil {
 		return selector{}, err
@@ -183,6 +187,13 @@ func (p *parser) selector() (selector, error) {
 		}
 	}
 	return s, nil
+}
+
+// space passes over blanks between two tokens: clients write them after commas.
+func (p *parser) space() {
+	for p.pos < len(p.text) && strings.IndexByte(" \t\n", p.text[p.pos]) >= 0 {
+		p.pos++
+	}
 }
 
 func (p *parser) path() ([]string, error) {
