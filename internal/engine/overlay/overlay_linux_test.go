@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/userns"
 	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/core/mount"
@@ -78,7 +82,7 @@ func TestConformance(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			snapshottest.Run(t, func(t *testing.T) snapshot.Store { return open(t, t.TempDir(), cfg) },
-				snapshottest.Options{RealMounts: true, Rebase: true, Usage: true})
+				snapshottest.Options{RealMounts: true, Rebase: !userns.RunningInUserNS(), Usage: true})
 		})
 	}
 	t.Run("odd path", func(t *testing.T) {
@@ -449,6 +453,49 @@ func TestLacks(t *testing.T) {
 			}
 		})
 	})
+}
+
+// The suite again, by a root who is root in a user namespace only.
+//
+// contract: 3.2.1, 13.44
+func TestInUserNamespace(t *testing.T) {
+	needRoot(t)
+	if userns.RunningInUserNS() {
+		t.Skip("it is what it tests")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	// All but what needs device nodes.
+	for run, pass := range map[string]string{
+		"^TestConformance$/^default$/^(prepare|commit|rebase|remove|cleanup|files|siblings|white-outs|directories_replaced|root_directory|many_layers|sizes)$": "TestConformance/default/white-outs",
+		"^TestUserNamespaceOptions$": "TestUserNamespaceOptions",
+	} {
+		cmd := exec.CommandContext(ctx, os.Args[0], "-test.v", "-test.run="+run)
+		ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 65536}}
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, UidMappings: ids, GidMappings: ids, GidMappingsEnableSetgroups: true,
+		}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("in a user namespace: %v\n%s", err, out)
+		} else if !strings.Contains(string(out), "--- PASS: "+pass+" ") {
+			t.Errorf("in a user namespace nothing was tested:\n%s", out)
+		}
+	}
+}
+
+// It runs as a part of TestInUserNamespace.
+func TestUserNamespaceOptions(t *testing.T) {
+	if !userns.RunningInUserNS() {
+		t.Skip("not in a user namespace")
+	}
+	s := open(t, t.TempDir(), Config{SlowChown: true})
+	if !slices.Contains(s.options, "userxattr") {
+		t.Errorf("options are %q", s.options)
+	}
+	if slices.Contains(s.Capabilities(), "rebase") {
+		t.Errorf("it is capable of %q", s.Capabilities())
+	}
 }
 
 func TestSecondOpen(t *testing.T) {
