@@ -120,6 +120,7 @@ func (p *process) Close() error {
 	p.out.Close()
 	if p.wait != nil {
 		_ = p.wait() // Read has told, or nobody wants to know
+		p.payload.Wait()
 	}
 	return nil
 }
