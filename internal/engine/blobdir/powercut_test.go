@@ -182,7 +182,7 @@ func powerCutBeforeEveryOperation(t *testing.T, spill int) {
 	}
 	for k := 1; k <= ops+1; k++ {
 		for keep := fsx.KeepNothing; keep <= fsx.KeepSome; keep++ {
-			for seed := range uint64(8) {
+			for seed := range uint64(3) {
 				if keep != fsx.KeepSome && seed > 0 {
 					break
 				}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"slices"
+	"sync"
 	"time"
 
 	api "github.com/containerd/containerd/api/services/content/v1"
@@ -111,6 +112,11 @@ type readerAt struct {
 	cancel func()
 	dgst   digest.Digest
 	size   int64
+
+	mu      sync.Mutex // guards what follows; not held over calls
+	next    int64      // where a reader in sequence would go on
+	ahead   []byte     // what was read ahead for it; never written to
+	aheadAt int64
 }
 
 func (r *readerAt) Size() int64 { return r.size }
@@ -129,9 +135,44 @@ func (r *readerAt) ReadAt(p []byte, off int64) (n int, err error) {
 	}
 	whole := len(p)
 	p = p[:min(int64(len(p)), r.size-off)]
-	if len(p) == 0 {
-		return 0, nil
+	for n < len(p) && err == nil {
+		var m int
+		m, err = r.readSome(p[n:], off+int64(n))
+		n += m
 	}
+	if err == nil && n < whole {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// readSome reads at least a byte. A small read where the last one ended gets a
+// whole chunk, which serves those that follow: copying goes in small steps,
+// and a call for each would be slow.
+func (r *readerAt) readSome(p []byte, off int64) (int, error) {
+	r.mu.Lock()
+	sequential := off == r.next
+	if i := off - r.aheadAt; i >= 0 && i < int64(len(r.ahead)) {
+		n := copy(p, r.ahead[i:])
+		r.next = off + int64(n)
+		r.mu.Unlock()
+		return n, nil
+	}
+	r.next = off + int64(len(p))
+	r.mu.Unlock()
+	if !sequential || len(p) >= chunk {
+		return r.fetch(p, off)
+	}
+	block := make([]byte, min(chunk, r.size-off))
+	n, err := r.fetch(block, off)
+	r.mu.Lock()
+	r.ahead, r.aheadAt = block[:n], off
+	r.mu.Unlock()
+	return copy(p, block[:n]), err
+}
+
+// fetch fills p from the server.
+func (r *readerAt) fetch(p []byte, off int64) (n int, err error) {
 	ctx, cancel := context.WithCancel(r.ctx)
 	defer cancel()
 	stream, err := r.c.Read(ctx, &api.ReadContentRequest{Digest: r.dgst.String(), Offset: off, Size: int64(len(p))})
@@ -150,9 +191,6 @@ func (r *readerAt) ReadAt(p []byte, off int64) (n int, err error) {
 			return n, fmt.Errorf("read content %s at %d: the server sent more than was asked for: %w", r.dgst, off, errdefs.ErrOutOfRange)
 		}
 		n += copy(p[n:], resp.Data)
-	}
-	if n < whole {
-		return n, io.EOF
 	}
 	return n, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	api "github.com/containerd/containerd/api/services/content/v1"
@@ -348,6 +349,56 @@ func TestRead(t *testing.T) {
 		if err != io.EOF || !bytes.Equal(got, r.want) {
 			t.Fatalf("read %d at %d: %d bytes of %d, %v", r.size, r.offset, len(got), len(r.want), err)
 		}
+	}
+}
+
+// counted counts the Read calls on their way to the server.
+type counted struct {
+	grpc.ClientConnInterface
+	reads atomic.Int32
+}
+
+func (c *counted) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	if method == "/containerd.services.content.v1.Content/Read" {
+		c.reads.Add(1)
+	}
+	return c.ClientConnInterface.NewStream(ctx, desc, method, opts...)
+}
+
+// Copying in small steps does not cost a call a step; reading here and there
+// costs one each, for no more than is asked.
+func TestReadAhead(t *testing.T) {
+	st := memory.NewContent()
+	data := bytes.Repeat([]byte("0123456789abc"), 250_000)
+	dgst := put(t, st, data, nil)
+	conn := &counted{ClientConnInterface: dial(t, st)}
+	r, err := NewClient(conn, "test", "").Open(t.Context(), dgst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	section := io.NewSectionReader(r, 0, r.Size())
+	var got []byte
+	p := make([]byte, 10_007)
+	for err == nil {
+		var n int
+		n, err = section.Read(p)
+		got = append(got, p[:n]...)
+	}
+	if err != io.EOF || !bytes.Equal(got, data) {
+		t.Fatalf("%d bytes of %d, %v", len(got), len(data), err)
+	}
+	if n := conn.reads.Load(); n > 5 {
+		t.Errorf("%d calls for %d bytes in sequence", n, len(data))
+	}
+	conn.reads.Store(0)
+	for _, off := range []int64{2_000_000, 5, 1_000_000} {
+		if _, err := r.ReadAt(p[:100], off); err != nil || !bytes.Equal(p[:100], data[off:off+100]) {
+			t.Fatalf("ReadAt(%d): %v", off, err)
+		}
+	}
+	if n := conn.reads.Load(); n != 3 {
+		t.Errorf("%d calls for three places", n)
 	}
 }
 
