@@ -40,7 +40,6 @@ func benchLayer(b *testing.B, n, size int) []byte {
 	return buf.Bytes()
 }
 
-// promise: P2
 func BenchmarkApply(b *testing.B) {
 	for name, shape := range map[string][2]int{"100k small files": {100_000, 1024}, "256 MiB in large files": {16, 16 << 20}} {
 		data := benchLayer(b, shape[0], shape[1])

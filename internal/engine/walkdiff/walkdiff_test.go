@@ -165,7 +165,6 @@ func tree(tb testing.TB, root string) string {
 }
 
 // contract: 3.3.2
-// promise: P2
 func TestApplyStreams(t *testing.T) {
 	store := memory.NewContent()
 	e := New(store, Options{})
