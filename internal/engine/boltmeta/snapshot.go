@@ -174,12 +174,20 @@ func (s *snapshots) Update(ctx context.Context, in snapshot.Info, paths ...strin
 	return s.stat(ctx, n)
 }
 
-func (s *snapshots) Prepare(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
-	return s.create(ctx, key, parent, labels, s.back.Prepare, true)
+func (s *snapshots) Prepare(ctx context.Context, key, parent string, labels map[string]string) (m []mount.Mount, err error) {
+	err = again(func() error {
+		m, err = s.create(ctx, key, parent, labels, s.back.Prepare, true)
+		return err
+	})
+	return m, err
 }
 
-func (s *snapshots) View(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
-	return s.create(ctx, key, parent, labels, s.back.View, false)
+func (s *snapshots) View(ctx context.Context, key, parent string, labels map[string]string) (m []mount.Mount, err error) {
+	err = again(func() error {
+		m, err = s.create(ctx, key, parent, labels, s.back.View, false)
+		return err
+	})
+	return m, err
 }
 
 // create makes a snapshot in the backend, then its record. If there is no
@@ -308,6 +316,18 @@ func (s *snapshots) inBackend(ctx context.Context, key string, do func(backKey s
 	return nil, "", nil, err
 }
 
+// errGone says that a snapshot which existed was removed before the lease had it.
+var errGone = fmt.Errorf("the snapshot keeps coming and going: %w", errdefs.ErrAborted)
+
+// again does what was overtaken by a removal once more.
+func again(do func() error) error {
+	err := errGone
+	for n := 0; n < 8 && err == errGone; n++ {
+		err = do()
+	}
+	return err
+}
+
 // holdExisting is the answer for a snapshot that exists: AlreadyExists, after
 // the lease has been added (contract 1.2.4).
 func (s *snapshots) holdExisting(ctx context.Context, key string) error {
@@ -323,7 +343,7 @@ func (s *snapshots) holdExisting(ctx context.Context, key string) error {
 			return err
 		}
 		if gone {
-			return fmt.Errorf("snapshot %q was removed at this moment: %w", key, errdefs.ErrAborted)
+			return errGone
 		}
 	}
 	return exists("snapshot", key)
@@ -487,6 +507,11 @@ func (s *snapshots) discard(ctx context.Context, backKey string) {
 // the record. A crash in between leaves a record without data and data without
 // a record; see recoverCommits.
 func (s *snapshots) Commit(ctx context.Context, name, key string, opts snapshot.CommitOptions) error {
+	return again(func() error { return s.commit(ctx, name, key, opts) })
+}
+
+// commit is Commit, once.
+func (s *snapshots) commit(ctx context.Context, name, key string, opts snapshot.CommitOptions) error {
 	if name == "" || key == "" {
 		return fmt.Errorf("snapshot name and key must not be empty: %w", errdefs.ErrInvalidArgument)
 	}

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
@@ -29,9 +31,29 @@ const maxBatch = 256
 // costs. There is no goroutine: of the callers that wait, the first one leads,
 // takes along all that have queued up, and hands the lead on.
 type committer struct {
-	mu    sync.Mutex // guards queue and led
+	mu    sync.Mutex // guards what follows
 	queue []*call
 	led   bool
+	last  int // calls in the last transaction
+}
+
+// patience is how long a leader waits for those who were served by the
+// transaction before: writers that come again at once. It is a fraction of
+// what a sync takes, and a writer on its own does not wait.
+const patience = 200 * time.Microsecond
+
+// gather waits until as many callers have queued up as there seem to be. g.mu
+// is held, but not while it waits.
+func (g *committer) gather() {
+	want := min(g.last+len(g.queue)-1, maxBatch)
+	if g.last <= 1 && len(g.queue) == 1 {
+		return
+	}
+	for end := time.Now().Add(patience); len(g.queue) < want && time.Now().Before(end); {
+		g.mu.Unlock()
+		runtime.Gosched()
+		g.mu.Lock()
+	}
 }
 
 // call is one update that waits for its transaction.
@@ -78,12 +100,14 @@ func (db *DB) update(ctx context.Context, fn func(*txn) error) error {
 		g.mu.Lock()
 	}
 	g.led = true
+	g.gather()
 	n := min(len(g.queue), maxBatch)
+	g.last = n
 	batch := slices.Clone(g.queue[:n])
 	g.queue = slices.Delete(g.queue, 0, n)
 	g.mu.Unlock()
 
-	db.commit(batch)
+	db.commit(slices.Clone(batch))
 
 	for _, o := range batch {
 		if o != c {
