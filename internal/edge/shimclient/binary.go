@@ -340,6 +340,8 @@ func removeSocket(ctx context.Context, address string) {
 	if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
 		return
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
 	c, err := dial(ctx, address)
 	if err == nil {
 		c.Close()

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/gantryd/gantry/core/namespace"
+	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/internal/edge/wire"
 )
 
@@ -113,7 +114,7 @@ func (l *link) open(wait time.Duration) {
 	defer close(l.opened)
 	ctx, cancel := context.WithTimeout(l.m.ctx, l.m.limit.Load)
 	defer cancel()
-	until := time.Now().Add(wait)
+	until := time.Now().Add(min(wait, l.m.limit.Load/2))
 	for {
 		c, err := l.connect(ctx)
 		if err == nil {
@@ -201,10 +202,17 @@ func (l *link) again() wireConn {
 		}
 		ctx, cancel := context.WithTimeout(l.m.ctx, time.Second)
 		c, err := l.connect(ctx)
-		cancel()
 		if err == nil {
-			return c
+			// The socket of a process that is being killed may still take
+			// connections: an answer counts, of whatever kind, and so does
+			// silence, which is not death.
+			if err = l.once(ctx, c, "default", "Connect", &taskapi.ConnectRequest{}, &taskapi.ConnectResponse{}); !isClosed(c, err) {
+				cancel()
+				return c
+			}
+			c.close()
 		}
+		cancel()
 		if l.m.ctx.Err() != nil {
 			return nil
 		}
@@ -578,6 +586,28 @@ func (l *link) stop(ctx context.Context, k key) {
 		}
 	}
 	removeSocket(ctx, l.addr.Address)
+}
+
+// purge kills and deletes a task that nobody is to have, and returns its exit:
+// nil if the shim does not know it.
+func (l *link) purge(ctx context.Context, k key) (*task.Exit, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*l.m.limit.Cleanup)
+	defer cancel()
+	b, id := bound{l.m.limit.Cleanup, "timeout shim.cleanup"}, string(k.id)
+	err := l.call(ctx, k, "Kill", b, &taskapi.KillRequest{ID: id, Signal: uint32(unix.SIGKILL), All: true}, empty())
+	if err == nil {
+		// An error shows in Delete, which is refused while it runs.
+		_ = l.call(ctx, k, "Wait", b, &taskapi.WaitRequest{ID: id}, &taskapi.WaitResponse{})
+	}
+	var r taskapi.DeleteResponse
+	err = l.call(ctx, k, "Delete", b, &taskapi.DeleteRequest{ID: id}, &r)
+	switch {
+	case err == nil:
+		return &task.Exit{Pid: r.Pid, Status: r.ExitStatus, At: wire.TimeFromProto(r.ExitedAt)}, nil
+	case errdefs.IsNotFound(err) && !errors.Is(err, errShimDead):
+		return nil, nil
+	}
+	return nil, err
 }
 
 // awaitEnd waits until the shim's process is gone.

@@ -235,8 +235,9 @@ func realEnv(t *testing.T, h *host) tasktest.Env {
 
 // contract: 5.4.1, 5.4.4, 5.4.5, 1.6.7
 // promise: P11
-func TestRestartKeepsRunning(t *testing.T) {
-	h := realHost(t)
+func TestRestartKeepsRunning(t *testing.T) { restartKeepsRunning(t, realHost(t)) }
+
+func restartKeepsRunning(t *testing.T, h *host) {
 	h.start()
 	pid := h.run("a", "/bin/sleep", "1000")
 	h.run("b", "/bin/sh", "-c", "while [ ! -e /dev/go ]; do sleep 0.05; done; exit 5")
@@ -312,8 +313,9 @@ func appendInt(b []byte, n uint32) []byte {
 
 // contract: 5.4.3, 13.18, 1.6.7, 1.3.34, 1.3.36
 // promise: P6
-func TestShimKilled(t *testing.T) {
-	h := realHost(t)
+func TestShimKilled(t *testing.T) { shimKilled(t, realHost(t)) }
+
+func shimKilled(t *testing.T, h *host) {
 	h.start()
 	got := h.collect()
 	pid := h.run("a", "/bin/sleep", "1000")

@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 
 	"github.com/gantryd/gantry/core/container"
@@ -333,26 +332,15 @@ func (t *entry) catchUp(ctx context.Context) {
 // evict ends a task that nobody knows, and its shim if that is nobody else's.
 func (t *entry) evict(ctx context.Context) {
 	m := t.m
-	b := bound{m.limit.Cleanup, "timeout shim.cleanup"}
-	id := string(t.key.id)
-	if err := t.call(ctx, "Kill", b, &taskapi.KillRequest{ID: id, Signal: 9, All: true}, empty()); err == nil {
-		wctx, cancel := context.WithTimeout(ctx, m.limit.Cleanup)
-		var w taskapi.WaitResponse
-		if err := t.call(wctx, "Wait", bound{}, &taskapi.WaitRequest{ID: id}, &w); err == nil {
-			t.setExit(task.Exit{Status: w.ExitStatus, At: w.ExitedAt.AsTime()})
-		}
-		cancel()
-	}
-	var r taskapi.DeleteResponse
-	err := t.call(ctx, "Delete", b, &taskapi.DeleteRequest{ID: id}, &r)
-	switch {
-	case err == nil:
-		t.setExit(task.Exit{Pid: r.Pid, Status: r.ExitStatus, At: r.ExitedAt.AsTime()})
-	case errdefs.IsNotFound(err) && !errors.Is(err, errShimDead):
-	default:
+	l := t.getLink()
+	x, err := l.purge(ctx, t.key)
+	if err != nil {
 		m.log.Warn("evict task", "namespace", t.key.ns, "id", t.key.id, "error", err)
 		t.buryLocked(ctx)
 		return
+	}
+	if x != nil {
+		t.setExit(*x)
 	}
 	select {
 	case <-t.deleted:

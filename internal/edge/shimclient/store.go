@@ -278,13 +278,7 @@ func (t *entry) abandon(ctx context.Context, answer chan error, shim string) err
 		case <-cctx.Done():
 		}
 		cancel()
-		var r taskapi.DeleteResponse
-		cctx, cancel = context.WithTimeout(ctx, t.m.limit.Cleanup)
-		err = l.call(cctx, t.key, "Delete", bound{}, &taskapi.DeleteRequest{ID: string(t.key.id)}, &r)
-		cancel()
-		if errdefs.IsNotFound(err) && !errors.Is(err, errShimDead) {
-			err = nil
-		}
+		_, err = l.purge(ctx, t.key)
 	}
 	if l.leave(t) {
 		if closed(l.dead) {
@@ -330,11 +324,7 @@ func (m *Manager) endStray(ctx context.Context, t *entry, shim string) {
 			continue
 		}
 		if l.probe(ctx, t) == nil {
-			var r taskapi.DeleteResponse
-			cctx, cancel := context.WithTimeout(ctx, m.limit.Cleanup)
-			err := l.call(cctx, t.key, "Delete", bound{}, &taskapi.DeleteRequest{ID: string(t.key.id)}, &r)
-			cancel()
-			if err != nil && !errdefs.IsNotFound(err) {
+			if _, err := l.purge(ctx, t.key); err != nil {
 				m.log.Warn("delete task of stray shim", "namespace", t.key.ns, "id", t.key.id, "error", err)
 			}
 		}
