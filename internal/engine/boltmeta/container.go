@@ -114,9 +114,6 @@ func (s *containers) Create(ctx context.Context, c container.Container) (contain
 	c.CreatedAt = s.db.now()
 	c.UpdatedAt = c.CreatedAt
 	err := s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		if s.find(t, kContainers, string(c.ID)) != nil {
 			return exists("container", string(c.ID))
 		}
@@ -132,9 +129,6 @@ func (s *containers) Create(ctx context.Context, c container.Container) (contain
 
 func (s *containers) Update(ctx context.Context, c container.Container, paths ...string) (out container.Container, err error) {
 	err = s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.find(t, kContainers, string(c.ID))
 		if b == nil {
 			return notFound("container", string(c.ID))
@@ -164,9 +158,6 @@ func (s *containers) Update(ctx context.Context, c container.Container, paths ..
 
 func (s *containers) Delete(ctx context.Context, id container.ID) error {
 	err := s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		if s.find(t, kContainers, string(id)) == nil {
 			return notFound("container", string(id))
 		}

@@ -78,9 +78,6 @@ func (s *contents) Walk(_ context.Context, fn func(content.Info) error, filters 
 
 func (s *contents) Update(ctx context.Context, i content.Info, paths ...string) (out content.Info, err error) {
 	err = s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.find(t, kContent, kBlob, i.Digest.String())
 		if b == nil {
 			return notFound("content", i.Digest.String())
@@ -109,9 +106,6 @@ func (s *contents) Update(ctx context.Context, i content.Info, paths ...string) 
 
 func (s *contents) Delete(ctx context.Context, dgst digest.Digest) error {
 	err := s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		if s.find(t, kContent, kBlob, dgst.String()) == nil {
 			return notFound("content", dgst.String())
 		}
@@ -222,9 +216,6 @@ func (s *contents) Abort(ctx context.Context, ref string) error {
 	defer unlock()
 	var e entry
 	err = s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.find(t, kContent, kIngests, ref)
 		if b == nil {
 			return notFound("ingest", ref)

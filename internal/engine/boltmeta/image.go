@@ -126,9 +126,6 @@ func (s *images) Update(ctx context.Context, i image.Image, paths ...string) (ou
 		return image.Image{}, fmt.Errorf("image name must not be empty: %w", errdefs.ErrInvalidArgument)
 	}
 	err = s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.find(t, kImages, i.Name)
 		if b == nil {
 			return notFound("image", i.Name)
@@ -158,9 +155,6 @@ func (s *images) Update(ctx context.Context, i image.Image, paths ...string) (ou
 
 func (s *images) Delete(ctx context.Context, name string, opts image.DeleteOptions) error {
 	err := s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.find(t, kImages, name)
 		if b == nil {
 			return notFound("image", name)

@@ -77,9 +77,6 @@ func (s *sandboxes) Create(ctx context.Context, v sandbox.Sandbox) (sandbox.Sand
 	v.CreatedAt = s.db.now()
 	v.UpdatedAt = v.CreatedAt
 	err := s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		if s.find(t, kSandboxes, v.ID) != nil {
 			return exists("sandbox", v.ID)
 		}
@@ -93,9 +90,6 @@ func (s *sandboxes) Create(ctx context.Context, v sandbox.Sandbox) (sandbox.Sand
 
 func (s *sandboxes) Update(ctx context.Context, v sandbox.Sandbox, paths ...string) (out sandbox.Sandbox, err error) {
 	err = s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.find(t, kSandboxes, v.ID)
 		if b == nil {
 			return notFound("sandbox", v.ID)
@@ -123,9 +117,6 @@ func (s *sandboxes) Update(ctx context.Context, v sandbox.Sandbox, paths ...stri
 
 func (s *sandboxes) Delete(ctx context.Context, id string) error {
 	return s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		if s.find(t, kSandboxes, id) == nil {
 			return notFound("sandbox", id)
 		}

@@ -148,9 +148,6 @@ func (s *snapshots) Update(ctx context.Context, in snapshot.Info, paths ...strin
 		}
 	}
 	err = s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		cur, err := s.read(t, in.Name)
 		if err != nil {
 			return err
@@ -624,9 +621,6 @@ func (s *snapshots) forget(ctx context.Context, n node) {
 // (contract 3.1.8).
 func (s *snapshots) Remove(ctx context.Context, key string) error {
 	err := s.db.update(ctx, func(t *txn) error {
-		if err := s.leaseExists(t); err != nil {
-			return err
-		}
 		b := s.bucket(t, key)
 		if b == nil {
 			return notFound("snapshot", key)

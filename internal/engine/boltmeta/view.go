@@ -27,17 +27,15 @@ type records struct {
 
 var _ view.RecordSource = (*DB)(nil)
 
-// In implements view.RecordSource. An unknown lease is ErrNotFound here, and
-// at a write if the lease has ended meanwhile.
+// In implements view.RecordSource. An unknown lease is ErrNotFound when
+// something is to be created under it: an ingest, a blob, a snapshot, an
+// image. Clients go on to read, update and delete with the header of a lease
+// that has ended, so that is no error.
 func (db *DB) In(ns namespace.ID, under lease.ID) (view.Records, error) {
 	if err := namespace.Check(ns); err != nil {
 		return nil, err
 	}
-	r := &records{db, ns, under}
-	if err := db.view(r.leaseExists); err != nil {
-		return nil, err
-	}
-	return r, nil
+	return &records{db, ns, under}, nil
 }
 
 func (r *records) Namespace() namespace.ID     { return r.ns }
@@ -88,9 +86,6 @@ func (r *records) leaseEntry(t *txn, add bool, path ...string) error {
 	if r.lease == "" {
 		return nil
 	}
-	if err := r.leaseExists(t); err != nil {
-		return err
-	}
 	last := len(path) - 1
 	at := append([]string{kLeases, string(r.lease)}, path[:last]...)
 	if !add {
@@ -98,6 +93,9 @@ func (r *records) leaseEntry(t *txn, add bool, path ...string) error {
 			return t.drop(b, path[last])
 		}
 		return nil
+	}
+	if err := r.leaseExists(t); err != nil {
+		return err
 	}
 	b, err := r.make(t, at...)
 	if err != nil {

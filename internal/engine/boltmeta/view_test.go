@@ -254,8 +254,6 @@ func TestEvents(t *testing.T) {
 func TestLease(t *testing.T) {
 	f := newFixture(t)
 	ctx := t.Context()
-	_, err := f.In("n", "none")
-	is(t, "view under no lease", err, errdefs.ErrNotFound)
 	plain, v := f.in("n"), f.lease("n", "l")
 	sn := f.snapshots(v)
 
@@ -280,7 +278,7 @@ func TestLease(t *testing.T) {
 
 	// What exists is held as well, and the answer stays AlreadyExists.
 	two := f.lease("n", "two")
-	_, err = two.Content().Writer(ctx, "again", content.WriterOptions{Expected: dgst})
+	_, err := two.Content().Writer(ctx, "again", content.WriterOptions{Expected: dgst})
 	is(t, "expect what exists", err, errdefs.ErrAlreadyExists)
 	_, err = f.snapshots(two).Prepare(ctx, "A", "", nil)
 	is(t, "prepare what exists", err, errdefs.ErrAlreadyExists)
@@ -295,47 +293,52 @@ func TestLease(t *testing.T) {
 	io.WriteString(w2, "blob")
 	is(t, "commit what exists", w2.Commit(ctx, 0, dgst, nil), errdefs.ErrAlreadyExists)
 
-	// A lease that ended is ErrNotFound at every write.
+	// A lease that ended is ErrNotFound for all that would be created under it.
 	if err := plain.Leases().Delete(ctx, "two", false); err != nil {
 		t.Fatal(err)
 	}
 	sn2 := f.snapshots(two)
 	must(f.snapshots(plain).Prepare(ctx, "b", "A", nil))(t)
-	wp := must(plain.Content().Writer(ctx, "w", content.WriterOptions{}))(t)
-	wp.Close()
 	for what, do := range map[string]func() error{
 		"image create": func() error {
 			_, err := two.Images().Create(ctx, image.Image{Name: "n", Target: imagetest.Target("x")})
 			return err
 		},
-		"image update": func() error {
-			_, err := two.Images().Update(ctx, image.Image{Name: "root", Target: imagetest.Target("y")})
+		"image create of what exists": func() error {
+			_, err := two.Images().Create(ctx, image.Image{Name: "root", Target: imagetest.Target("x")})
 			return err
 		},
-		"image delete": func() error { return two.Images().Delete(ctx, "root", image.DeleteOptions{}) },
-		"container create": func() error {
-			_, err := two.Containers().Create(ctx, container.Container{ID: "n", Runtime: container.Runtime{Name: "r"}})
-			return err
-		},
-		"sandbox create": func() error { _, err := two.Sandboxes().Create(ctx, sandbox.Sandbox{ID: "n"}); return err },
-		"writer":         func() error { _, err := two.Content().Writer(ctx, "n", content.WriterOptions{}); return err },
-		"writer expecting": func() error {
+		"writer": func() error { _, err := two.Content().Writer(ctx, "n", content.WriterOptions{}); return err },
+		"writer of existing": func() error {
 			_, err := two.Content().Writer(ctx, "n", content.WriterOptions{Expected: dgst})
 			return err
 		},
-		"abort":           func() error { return two.Content().Abort(ctx, "w") },
-		"content update":  func() error { _, err := two.Content().Update(ctx, content.Info{Digest: dgst}); return err },
-		"content delete":  func() error { return two.Content().Delete(ctx, dgst) },
-		"prepare":         func() error { _, err := sn2.Prepare(ctx, "n", "", nil); return err },
-		"view":            func() error { _, err := sn2.View(ctx, "n", "A", nil); return err },
-		"commit":          func() error { return sn2.Commit(ctx, "B", "b", snapshot.CommitOptions{}) },
-		"snapshot update": func() error { _, err := sn2.Update(ctx, snapshot.Info{Name: "b"}); return err },
-		"remove":          func() error { return sn2.Remove(ctx, "b") },
+		"prepare": func() error { _, err := sn2.Prepare(ctx, "n", "", nil); return err },
+		"prepare of existing": func() error {
+			_, err := sn2.Prepare(ctx, "b", "A", nil)
+			return err
+		},
+		"view":   func() error { _, err := sn2.View(ctx, "n", "A", nil); return err },
+		"commit": func() error { return sn2.Commit(ctx, "B", "b", snapshot.CommitOptions{}) },
 	} {
 		is(t, what+" under a lease that ended", do(), errdefs.ErrNotFound)
 	}
 	if _, err := f.snapshots(plain).Stat(ctx, "b"); err != nil {
 		t.Errorf("a refused commit changed the snapshot: %v", err)
+	}
+	// Everything else works under it.
+	must(sn2.Stat(ctx, "b"))(t)
+	must(two.Content().Info(ctx, dgst))(t)
+	must(two.Images().Update(ctx, image.Image{Name: "root", Labels: map[string]string{"a": "b"}}, "labels"))(t)
+	must(two.Containers().Create(ctx, container.Container{ID: "cc", Runtime: container.Runtime{Name: "r"}}))(t)
+	for what, err := range map[string]error{
+		"image delete":     two.Images().Delete(ctx, "root", image.DeleteOptions{}),
+		"container delete": two.Containers().Delete(ctx, "cc"),
+		"content delete":   two.Content().Delete(ctx, dgst),
+	} {
+		if err != nil {
+			t.Errorf("%s under a lease that ended: %v", what, err)
+		}
 	}
 
 	// What it held is collected, the rest is not.
@@ -775,4 +778,39 @@ func TestReclaimBlocksNobody(t *testing.T) {
 	if got := names(t, sn); got != "c v" {
 		t.Errorf("snapshots after it: %q", got)
 	}
+}
+
+// hooked calls after behind each successful Commit.
+type hooked struct {
+	snapshot.Store
+	after func()
+}
+
+func (h *hooked) Commit(ctx context.Context, name, key string, o snapshot.CommitOptions) error {
+	err := h.Store.Commit(ctx, name, key, o)
+	if err == nil && h.after != nil {
+		h.after()
+	}
+	return err
+}
+
+// TestLeaseEndsWithinCommit: the backend has committed, the records cannot.
+//
+// contract: 1.2.4
+func TestLeaseEndsWithinCommit(t *testing.T) {
+	h := &hooked{Store: memory.NewSnapshots()}
+	f := newFixture(t, func(o *Options) { o.Snapshotters["native"] = h })
+	ctx := t.Context()
+	sn := f.snapshots(f.lease("n", "l"))
+	must(sn.Prepare(ctx, "k", "", nil))(t)
+	h.after = func() {
+		if err := f.in("n").Leases().Delete(ctx, "l", false); err != nil {
+			t.Error(err)
+		}
+	}
+	is(t, "commit", sn.Commit(ctx, "K", "k", snapshot.CommitOptions{}), errdefs.ErrNotFound)
+	if got := names(t, sn) + names(t, h.Store); got != "" {
+		t.Errorf("left: %q", got)
+	}
+	f.fsck() // no record without data
 }
