@@ -60,7 +60,11 @@ func binary(t testing.TB) string {
 			return
 		}
 		shim.path = filepath.Join(dir, "containerd-shim-runc-v2")
-		out, err := exec.Command("go", "build", "-tags", "seccomp", "-o", shim.path, ".").CombinedOutput()
+		args := []string{"build", "-tags", "seccomp", "-o", shim.path}
+		if os.Getenv("GANTRY_SHIM_RACE") != "" {
+			args = append(args, "-race") // then its log tells of races
+		}
+		out, err := exec.Command("go", append(args, ".")...).CombinedOutput()
 		if err != nil {
 			shim.err = fmt.Errorf("%w: %s", err, out)
 			return
@@ -363,6 +367,9 @@ func (d *daemon) newTask(id string, args ...string) *task {
 	log := read(d.t, fifo(d.t, k.bundle+"/log"))
 	d.t.Cleanup(func() {
 		k.cleanup()
+		if strings.Contains(log.String(), "panic") {
+			d.t.Error("the shim panicked")
+		}
 		if d.t.Failed() {
 			d.t.Logf("log of %s: %s", id, log)
 		}

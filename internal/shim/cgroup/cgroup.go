@@ -31,7 +31,11 @@ import (
 	"github.com/gantryd/gantry/internal/lib/reaper"
 )
 
-const unifiedRoot = "/sys/fs/cgroup"
+const (
+	unifiedRoot = "/sys/fs/cgroup"
+	loadRetries = 5
+	loadPause   = 2 * time.Millisecond
+)
 
 // Group is the control group of one container.
 type Group struct {
@@ -56,6 +60,11 @@ func Load(pid int) (*Group, error) {
 	}
 	path := cgroup1.PidPath(pid)
 	cg, err := cgroup1.Load(path)
+	// Lines of the mount table can be missed while others mount and unmount.
+	for try := 0; err != nil && try < loadRetries; try++ {
+		time.Sleep(loadPause)
+		cg, err = cgroup1.Load(path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of process %d: %w", pid, err)
 	}
