@@ -379,7 +379,8 @@ func fakeHost(t *testing.T, sc script) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.opt.Env = []string{fakeEnv + "=" + string(raw), "SCHED_CORE=1", "GOMAXPROCS=3"}
+	h.opt.Env = []string{fakeEnv + "=" + string(raw), "SCHED_CORE=1", "GOMAXPROCS=3",
+		"GORACE=atexit_sleep_ms=0"} // the race detector would sleep at each exit
 	h.opt.Timeouts = Timeouts{Start: 2 * time.Second, Load: time.Second, Create: time.Second, Call: time.Second,
 		State: 500 * time.Millisecond, Cleanup: 2 * time.Second, Shutdown: 500 * time.Millisecond, Grace: 50 * time.Millisecond}
 	t.Cleanup(func() { // also after a failure
@@ -626,9 +627,9 @@ func TestDeadShimExit(t *testing.T) {
 				t.Errorf("delete was called as %q in %s", a.Args, a.Dir)
 			}
 			until(t, "it is gone", func() bool {
-				_, err := os.Stat(bundle)
-				_, err2 := h.store.Get(t.Context(), "a", "")
-				return os.IsNotExist(err) && errdefs.IsNotFound(err2)
+				h.m.mu.Lock()
+				defer h.m.mu.Unlock()
+				return len(h.m.tasks) == 0
 			})
 			h.clean()
 		})

@@ -448,7 +448,7 @@ func (l *link) probe(ctx context.Context, t *entry) error {
 	if err != nil {
 		return err
 	}
-	l.know(int(r.ShimPid), t)
+	l.know(int(r.ShimPid), t.key)
 	return nil
 }
 
@@ -456,7 +456,7 @@ func (l *link) probe(ctx context.Context, t *entry) error {
 // being taken for another process's later. A number from a shim that is in
 // another pid namespace, or a virtual machine, names some other process here:
 // the command line tells.
-func (l *link) know(pid int, t *entry) {
+func (l *link) know(pid int, k key) {
 	if pid <= 1 || l.foreign {
 		return
 	}
@@ -470,7 +470,7 @@ func (l *link) know(pid int, t *entry) {
 	if err != nil {
 		fd = -1
 	}
-	if fd >= 0 && !looksLikeShim(pid, t) {
+	if fd >= 0 && !looksLikeShim(pid, k) {
 		unix.Close(fd)
 		fd = -1
 	}
@@ -490,15 +490,34 @@ func (l *link) know(pid int, t *entry) {
 	}
 }
 
+// search finds the process of a shim that never said which one it is: it works
+// in the bundle that it was started in.
+func (l *link) search(k key) {
+	dir := l.m.bundle(k).path
+	procs, err := os.ReadDir("/proc")
+	if err != nil {
+		return
+	}
+	for _, p := range procs {
+		pid, err := strconv.Atoi(p.Name())
+		if err != nil {
+			continue
+		}
+		if cwd, err := os.Readlink("/proc/" + p.Name() + "/cwd"); err == nil && cwd == dir {
+			l.know(pid, k)
+		}
+	}
+}
+
 // looksLikeShim says whether a process was called the way shims are.
-func looksLikeShim(pid int, t *entry) bool {
+func looksLikeShim(pid int, k key) bool {
 	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
 	if err != nil {
 		return false
 	}
 	args := bytes.Split(raw, []byte{0})
 	for i := range args {
-		if string(args[i]) == "-namespace" && i+1 < len(args) && string(args[i+1]) == string(t.key.ns) {
+		if string(args[i]) == "-namespace" && i+1 < len(args) && string(args[i+1]) == string(k.ns) {
 			return true
 		}
 	}
@@ -578,6 +597,9 @@ func (l *link) stop(ctx context.Context, k key) {
 		}
 	}
 	if !l.awaitEnd(ctx) {
+		if l.shimPid() == 0 {
+			l.search(k)
+		}
 		l.m.log.Warn("shim does not stop", "namespace", k.ns, "id", k.id, "pid", l.shimPid(), "error", err)
 		if l.kill() {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
