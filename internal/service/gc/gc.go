@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/gantryd/gantry/core/graph"
 	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/lease"
@@ -74,7 +76,12 @@ type Collector struct {
 	log   *slog.Logger
 	now   func() time.Time
 
+	ctx    context.Context // of the collections, until Close
+	cancel context.CancelFunc
+	owned  sync.WaitGroup // work
+
 	mu        sync.Mutex // guards what follows
+	closed    bool
 	running   bool
 	next      *run // what callers that come now wait for
 	deletions int  // since the last collection began
@@ -104,6 +111,7 @@ func New(store Store, cfg Config, log *slog.Logger) *Collector {
 		c.cfg.PauseThreshold = Defaults().PauseThreshold
 	}
 	c.cfg.PauseThreshold = min(c.cfg.PauseThreshold, 0.5)
+	c.ctx, c.cancel = context.WithCancel(context.Background())
 	store.Observe(c.changed)
 	return c
 }
@@ -131,13 +139,17 @@ func signal(ch chan struct{}) {
 // same time share a collection. ctx ends the wait, not the collection.
 func (c *Collector) Collect(ctx context.Context) (Stats, error) {
 	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return Stats{}, fmt.Errorf("garbage collection: the collector is closed: %w", errdefs.ErrUnavailable)
+	}
 	if c.next == nil {
 		c.next = &run{done: make(chan struct{})}
 	}
 	r := c.next
 	if !c.running {
 		c.running = true
-		go c.work(context.WithoutCancel(ctx))
+		c.owned.Go(c.work)
 	}
 	c.mu.Unlock()
 	select {
@@ -159,8 +171,20 @@ func (c *Collector) ScheduleAndWait(ctx context.Context) error {
 	return err
 }
 
+// Close ends the collection under way, with what it has done so far, and
+// returns when it has ended. There are none after it.
+func (c *Collector) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.store.Observe(nil)
+	c.cancel()
+	c.owned.Wait()
+	return nil
+}
+
 // work collects until nobody waits for a collection.
-func (c *Collector) work(ctx context.Context) {
+func (c *Collector) work() {
 	for {
 		c.mu.Lock()
 		r := c.next
@@ -173,8 +197,8 @@ func (c *Collector) work(ctx context.Context) {
 		c.deletions, c.mutations = 0, 0
 		c.mu.Unlock()
 
-		r.stats, r.err = c.once(ctx)
-		if r.err != nil {
+		r.stats, r.err = c.once(c.ctx)
+		if r.err != nil && c.ctx.Err() == nil {
 			c.log.Error("collection is incomplete and will be tried again", "error", r.err)
 		}
 

@@ -13,6 +13,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/gantryd/gantry/core/graph"
 	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/lease"
@@ -369,6 +371,21 @@ func TestCollectIsShared(t *testing.T) {
 		wg.Wait()
 		if n := s.collections(); n != 2 {
 			t.Errorf("%d collections, want 2", n)
+		}
+		// Close waits for the one under way.
+		s.block = make(chan struct{})
+		wg.Go(func() { c.Collect(t.Context()) })
+		synctest.Wait()
+		closed := false
+		wg.Go(func() { c.Close(); closed = true })
+		synctest.Wait()
+		if closed {
+			t.Error("Close did not wait")
+		}
+		close(s.block)
+		wg.Wait()
+		if _, err := c.Collect(t.Context()); !errdefs.IsUnavailable(err) {
+			t.Errorf("collect after Close: %v", err)
 		}
 	})
 }
