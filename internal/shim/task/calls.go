@@ -82,10 +82,12 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	s.mu.Lock()
 	pid, status, paused, c := p.pid, p.status, p.c.paused, p.c
 	s.mu.Unlock()
-	if r.All && p.id == "" {
-		if c.group == nil || status == tasktypes.Status_STOPPED {
-			return empty(), nil // contract 15, row 1.3.36
-		}
+	if r.All && p.id == "" && status == tasktypes.Status_STOPPED {
+		return empty(), nil // contract 15, row 1.3.36
+	}
+	// Where the cgroup is not known the first process stands for all: with it
+	// a pid namespace ends.
+	if r.All && p.id == "" && c.group != nil {
 		err = c.group.SignalAll(sig)
 	} else {
 		switch {
