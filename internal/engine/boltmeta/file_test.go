@@ -33,6 +33,7 @@ import (
 	"github.com/gantryd/gantry/internal/engine/blobdir"
 	"github.com/gantryd/gantry/internal/engine/memory"
 	"github.com/gantryd/gantry/internal/engine/overlay"
+	"github.com/gantryd/gantry/internal/service/gc"
 )
 
 // dump prints every bucket, sequence and value of a bolt file.
@@ -202,7 +203,6 @@ func TestRecordedRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	must(v.Images().Create(ctx, img))(t)
-	opts.Clock = nil
 	if err := db.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -215,6 +215,16 @@ func TestRecordedRoot(t *testing.T) {
 	}
 	if len(a) != len(b) {
 		t.Errorf("%d lines, then %d", len(b), len(a))
+	}
+
+	opts.Clock = func() time.Time { return c.CreatedAt }
+	if db, err = Open(path, opts); err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	// A collection finds nothing to delete but, when its day has come, the lease.
+	if freed, err := gc.New(db, gc.Defaults(), nil).Collect(ctx); err != nil || freed.Blobs+freed.Snapshots+freed.Ingests > 0 || freed.Records > 1 {
+		t.Errorf("collected %+v, %v", freed, err)
 	}
 }
 
