@@ -190,7 +190,7 @@ func cut(s, sep string) (string, string, bool) {
 func fail(w http.ResponseWriter, code int, name, message string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	fmt.Fprintf(w, `{"errors":[{"code":%q,"message":%q}]}`, name, message)
+	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []map[string]string{{"code": name, "message": message}}})
 }
 
 // Fail answers with an error in the form of the distribution specification.
