@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -93,7 +94,10 @@ func serve(b Build, a Args) error {
 		Driver:   func(o *options.Options) (driver.Driver, error) { return newDriver(a.Namespace, o, log) },
 		Shutdown: stop, Log: log,
 	})
-	calm := time.AfterFunc(quiet, debug.FreeOSMemory)
+	calm := time.AfterFunc(quiet, func() {
+		runtime.GC() // pools give up what they keep at the second collection only
+		debug.FreeOSMemory()
+	})
 	server, err := newServer(service, log, func() { calm.Reset(quiet) })
 	if err != nil {
 		return err
