@@ -3,6 +3,7 @@
 package main_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -834,4 +835,32 @@ func TestShimProcess(t *testing.T) {
 	k.wait("")
 	k.delete("")
 	k.finish()
+}
+
+// Hooks are told where the container is.
+// contract: 5.3.1
+func TestHooks(t *testing.T) {
+	drivers(t, func(t *testing.T, d *daemon, opts *options.Options) {
+		k := d.newTask("c1", "sleep", "100").with(opts)
+		hook := func(name string) []specs.Hook {
+			return []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat > " + k.bundle + "/" + name}, Env: []string{"PATH=/bin"}}}
+		}
+		k.spec.Hooks = &specs.Hooks{CreateRuntime: hook("createRuntime"), Poststart: hook("poststart"), Poststop: hook("poststop")}
+		k.run()
+		pid := k.state("").Pid
+		k.kill("", unix.SIGKILL)
+		k.wait("")
+		k.delete("")
+		k.finish()
+		for _, name := range []string{"createRuntime", "poststart", "poststop"} {
+			var st specs.State
+			b, err := os.ReadFile(k.bundle + "/" + name)
+			if err == nil {
+				err = json.Unmarshal(b, &st)
+			}
+			if err != nil || st.ID != "c1" || st.Bundle != k.bundle || name == "createRuntime" && st.Pid != int(pid) {
+				t.Errorf("%s: %s %v", name, b, err)
+			}
+		}
+	})
 }

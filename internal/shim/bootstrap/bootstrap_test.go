@@ -4,10 +4,12 @@ package bootstrap
 
 import (
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 )
@@ -127,5 +129,53 @@ func TestParse(t *testing.T) {
 		if a, err := Parse([]string{f}, io.Discard); err != nil || !a.Version && !a.Info {
 			t.Errorf("%s: %+v %v", f, a, err)
 		}
+	}
+}
+
+// A shim that nobody is connected to is told so, and only then.
+// promise: P6
+func TestAbandoned(t *testing.T) {
+	dir, err := os.MkdirTemp("", "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	inner, err := listen(dir + "/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	idle := make(chan struct{}, 10)
+	l := &watchedListener{Listener: inner, after: 100 * time.Millisecond, idle: func() { idle <- struct{}{} }, wrote: make(chan struct{})}
+	defer l.Close()
+	l.arm()
+	client, err := net.Dial("unix", dir+"/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-idle:
+		t.Fatal("idle with a connection")
+	case <-time.After(300 * time.Millisecond):
+	}
+	wrote := l.nextWrite()
+	if _, err := conn.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-wrote:
+	default:
+		t.Error("a write is not noticed")
+	}
+	conn.Close()
+	conn.Close()
+	select {
+	case <-idle:
+	case <-time.After(10 * time.Second):
+		t.Fatal("not idle without a connection")
 	}
 }

@@ -83,7 +83,7 @@ func serve(b Build, a Args) error {
 	}()
 
 	end := make(chan struct{})
-	watched := &watchedListener{Listener: l, wrote: make(chan struct{})}
+	watched := &watchedListener{Listener: l, after: abandoned, wrote: make(chan struct{})}
 	var answered <-chan struct{}
 	stop := sync.OnceFunc(func() {
 		answered = watched.nextWrite() // the answer to the call that we are in
@@ -246,7 +246,8 @@ func (sameUser) Handshake(ctx context.Context, conn net.Conn) (net.Conn, any, er
 // if none has come for a while.
 type watchedListener struct {
 	net.Listener
-	idle func()
+	after time.Duration
+	idle  func()
 
 	mu    sync.Mutex
 	conns int
@@ -273,7 +274,7 @@ func (l *watchedListener) arm() {
 	if l.timer != nil {
 		l.timer.Stop()
 	}
-	l.timer = time.AfterFunc(abandoned, func() {
+	l.timer = time.AfterFunc(l.after, func() {
 		l.mu.Lock()
 		n := l.conns
 		l.mu.Unlock()
