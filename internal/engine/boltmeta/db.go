@@ -72,11 +72,12 @@ type DB struct {
 	// seqs hands out the sequence numbers of backend keys.
 	seqs sequences
 
-	mu    sync.Mutex           // guards what follows
-	busy  map[ingest]time.Time // ingests with an open writer, and since when
-	soil  map[string]bool      // what to reclaim: snapshotters by name, and content as ""
-	sick  map[string]time.Time // backends that did not answer, and until when they are left alone
-	first map[string]bool      // snapshotters not reclaimed since Open
+	mu      sync.Mutex           // guards what follows
+	busy    map[ingest]time.Time // ingests with an open writer, and since when
+	soil    map[string]bool      // what to reclaim: snapshotters by name, and content as ""
+	sick    map[string]time.Time // backends that did not answer, and until when they are left alone
+	adopted map[string]bool      // "<snapshotter>/<backend key>" that got a record of another name since the last reclaim
+	first   map[string]bool      // snapshotters not reclaimed since Open
 }
 
 // ingest names one.
@@ -105,7 +106,7 @@ func Open(path string, o Options) (*DB, error) {
 		return nil, fmt.Errorf("open metadata %s: %w", path, err)
 	}
 	db := &DB{path: path, o: o, isolated: o.SharingPolicy == SharingIsolated,
-		keys: map[string]*pins{}, busy: map[ingest]time.Time{}, soil: map[string]bool{"": true}, first: map[string]bool{}, sick: map[string]time.Time{}}
+		keys: map[string]*pins{}, busy: map[ingest]time.Time{}, soil: map[string]bool{"": true}, first: map[string]bool{}, sick: map[string]time.Time{}, adopted: map[string]bool{}}
 	for name := range o.Snapshotters {
 		db.keys[name] = &pins{}
 		db.soil[name] = true

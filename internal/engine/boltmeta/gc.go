@@ -456,6 +456,13 @@ func (db *DB) reclaimSnapshots(ctx context.Context, name string) (freed graph.Fr
 	if err := db.recoverCommits(ctx, name, infos); err != nil {
 		return freed, err
 	}
+	db.mu.Lock()
+	for key := range db.adopted { // what was adopted until here is in the records
+		if strings.HasPrefix(key, name+"/") {
+			delete(db.adopted, key)
+		}
+	}
+	db.mu.Unlock()
 	known, err := db.names()
 	if err != nil {
 		return freed, err
@@ -521,9 +528,13 @@ func (db *DB) reclaimSnapshot(ctx context.Context, name string, back snapshot.St
 		return false, nil
 	}
 	defer done()
-	var keep bool
+	// The records were read before. Since then one can have begun to name the
+	// key that was made for it, or adopted it; both pin the key until they have.
+	db.mu.Lock()
+	keep := db.adopted[name+"/"+key]
+	db.mu.Unlock()
 	if err := db.view(func(t *txn) error {
-		keep = t.owner(name, key) != ""
+		keep = keep || t.owns(name, key)
 		return nil
 	}); err != nil || keep {
 		return false, err

@@ -373,7 +373,7 @@ func (s *snapshots) adopt(ctx context.Context, target, parent, backParent string
 	n := node{key: target, backend: found, info: snapshot.Info{Name: target, Parent: parent, Labels: labels}}
 	n.info.CreatedAt = s.db.now()
 	n.info.UpdatedAt = n.info.CreatedAt
-	return true, s.db.update(ctx, func(t *txn) error {
+	err = s.db.update(ctx, func(t *txn) error {
 		if err := s.leaseExists(t); err != nil {
 			return err
 		}
@@ -388,20 +388,32 @@ func (s *snapshots) adopt(ctx context.Context, target, parent, backParent string
 		}
 		return s.write(t, n)
 	})
+	if err == nil {
+		// While it is still pinned: see reclaimSnapshot.
+		s.db.mu.Lock()
+		s.db.adopted[s.name+"/"+found] = true
+		s.db.mu.Unlock()
+	}
+	return true, err
 }
 
-// owner returns the namespace and key whose record names a backend key, or "".
+// owns reports whether the record that a backend key was made for names it.
+func (t *txn) owns(snapshotter, backend string) bool {
+	ns, _, key, ok := splitBackend(backend)
+	if !ok {
+		return false
+	}
+	b := t.find(string(ns), kSnapshots, snapshotter, key)
+	return b != nil && readString(b, kName) == backend
+}
+
+// owner returns the namespace and key of the record that names a backend key,
+// whatever it was made for, or "".
 func (t *txn) owner(snapshotter, backend string) string {
 	for _, ns := range t.namespaces() {
 		b := t.find(string(ns), kSnapshots, snapshotter)
 		if b == nil {
 			continue
-		}
-		// The key is the end of the backend's; adopted ones need a search.
-		if _, _, key, ok := splitBackend(backend); ok {
-			if r := b.Bucket([]byte(key)); r != nil && readString(r, kName) == backend {
-				return fmt.Sprintf("%s/%s", ns, key)
-			}
 		}
 		for _, key := range bucketNames(b) {
 			if readString(b.Bucket([]byte(key)), kName) == backend {

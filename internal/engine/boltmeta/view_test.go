@@ -814,3 +814,54 @@ func TestLeaseEndsWithinCommit(t *testing.T) {
 	}
 	f.fsck() // no record without data
 }
+
+// TestAdoptWhileReclaiming: a snapshot that the backend made by itself is
+// adopted between the moment a collection listed it and its deletion.
+//
+// contract: 3.1.4
+// promise: P9
+func TestAdoptWhileReclaiming(t *testing.T) {
+	r := &removing{remote: remote{memory.NewSnapshots(), map[string]bool{"sha256:one": true}}}
+	f := newFixture(t, func(o *Options) { o.Snapshotters["native"] = r })
+	ctx := t.Context()
+	sn := f.snapshots(f.lease("n", "l"))
+	must(sn.Prepare(ctx, "other", "", nil))(t)
+	// These are in the backend, and no record names them.
+	must(r.Prepare(ctx, "n/70/x", "", nil))(t)
+	if _, err := r.Prepare(ctx, "n/77/x", "", map[string]string{snapshot.LabelRef: "sha256:one"}); !errdefs.IsAlreadyExists(err) {
+		t.Fatal(err)
+	}
+	r.removes = func() {
+		r.removes = nil
+		_, err := sn.Prepare(ctx, "k", "", map[string]string{snapshot.LabelRef: "sha256:one"})
+		is(t, "prepare", err, errdefs.ErrAlreadyExists)
+	}
+	f.collect()
+	if i := must(sn.Stat(ctx, "sha256:one"))(t); i.Kind != snapshot.KindCommitted {
+		t.Errorf("stat %+v", i)
+	}
+	f.due("native")
+	f.collect()
+	must(sn.Stat(ctx, "sha256:one"))(t)
+	// Once nobody names it, it goes.
+	if err := sn.Remove(ctx, "sha256:one"); err != nil {
+		t.Fatal(err)
+	}
+	f.collect()
+	if got := names(t, r.Store); strings.Count(got, " ") != 0 {
+		t.Errorf("in the backend: %q", got)
+	}
+}
+
+// removing calls removes before a Remove.
+type removing struct {
+	remote
+	removes func()
+}
+
+func (r *removing) Remove(ctx context.Context, key string) error {
+	if r.removes != nil {
+		r.removes()
+	}
+	return r.remote.Remove(ctx, key)
+}
