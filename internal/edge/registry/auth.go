@@ -133,6 +133,12 @@ func (p *peer) fix(header, shown string) bool {
 
 // credential asks for what to show this host. The answer is kept until it expires.
 func (p *peer) credential(ctx context.Context, headers []string) (core.Credential, error) {
+	// One question at a time: who answers may be a person.
+	unlock, err := p.asking.Lock(ctx, "credential")
+	if err != nil {
+		return core.Credential{}, fmt.Errorf("credentials for %s: %w", p.Address, err)
+	}
+	defer unlock()
 	p.mu.Lock()
 	if c := p.cred; c != nil && (c.Expires.IsZero() || time.Now().Before(c.Expires)) {
 		p.mu.Unlock()
@@ -143,7 +149,6 @@ func (p *peer) credential(ctx context.Context, headers []string) (core.Credentia
 	if p.credentials != nil {
 		actx, cancel := context.WithTimeoutCause(ctx, p.r.c.cfg.HeaderTimeout, &timeoutError{fmt.Sprintf("no answer within %s", p.r.c.cfg.HeaderTimeout)})
 		defer cancel()
-		var err error
 		cred, err = p.credentials(actx, core.AuthRequest{Host: p.Address, Reference: p.r.ref.String(), Authenticate: headers})
 		if err != nil {
 			if actx.Err() != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	core "github.com/gantryd/gantry/core/registry"
+	"github.com/gantryd/gantry/internal/lib/keymutex"
 )
 
 // Config is how the client behaves. Zero values mean the defaults.
@@ -148,6 +149,8 @@ type peer struct {
 	extra       http.Header
 	credentials core.Credentials
 	foreign     bool // named by an image, not by the reference: gets nothing but the question
+
+	asking keymutex.Map // held while credentials are asked for
 
 	mu        sync.Mutex
 	plain     bool               // does not speak TLS, see Fallback
