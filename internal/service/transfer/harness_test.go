@@ -55,6 +55,7 @@ type space struct {
 	images  *memory.Images
 	leases  *memory.Leases
 	snaps   *memory.Snapshots
+	remote  snapshot.Store // if set, before snaps
 }
 
 func newWorld(t *testing.T, cfg registry.Config) *world {
@@ -77,7 +78,7 @@ func (w *world) space(ns namespace.ID) *space {
 	defer w.mu.Unlock()
 	s := w.spaces[ns]
 	if s == nil {
-		s = &space{memory.NewContent(), memory.NewImages(), memory.NewLeases(), memory.NewSnapshots()}
+		s = &space{memory.NewContent(), memory.NewImages(), memory.NewLeases(), memory.NewSnapshots(), nil}
 		w.spaces[ns] = s
 	}
 	return s
@@ -130,6 +131,9 @@ func (r *records) Images() image.Store     { return r.s.images }
 func (r *records) Snapshots(name string) (snapshot.Store, error) {
 	if name != "memory" {
 		return nil, fmt.Errorf("snapshotter not loaded: %s: %w", name, errdefs.ErrInvalidArgument)
+	}
+	if r.s.remote != nil {
+		return r.s.remote, nil
 	}
 	return r.s.snaps, nil
 }

@@ -21,11 +21,13 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/manifest"
+	"github.com/gantryd/gantry/core/mount"
 	"github.com/gantryd/gantry/core/snapshot"
 	core "github.com/gantryd/gantry/core/transfer"
 	edge "github.com/gantryd/gantry/internal/edge/registry"
@@ -279,7 +281,6 @@ func TestBadReference(t *testing.T) {
 // An ingest that an earlier pull left is continued, or dropped if it is not the
 // beginning of the blob. One that another client has open is waited for, not for ever.
 //
-// contract: 13.9
 // promise: P32, P7
 func TestUnfinishedIngests(t *testing.T) {
 	reg := registrytest.New(t)
@@ -696,4 +697,53 @@ func TestExportChoices(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.clean(2)
+}
+
+// remote is a snapshotter that has some layers without anybody unpacking them.
+type remote struct {
+	snapshot.Store
+	has map[string]bool // by chain id
+}
+
+func (r *remote) Prepare(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
+	ref := labels[snapshot.LabelRef]
+	if !r.has[ref] {
+		return r.Store.Prepare(ctx, key, parent, labels)
+	}
+	if _, err := r.Store.Prepare(ctx, key, parent, labels); err != nil {
+		return nil, err
+	}
+	if err := r.Commit(ctx, ref, key, snapshot.CommitOptions{Labels: labels}); err != nil {
+		return nil, err
+	}
+	return nil, fmt.Errorf("target snapshot %q: %w", ref, errdefs.ErrAlreadyExists)
+}
+
+// A remote snapshotter answers AlreadyExists for layers that it brings itself:
+// they are neither fetched nor applied, those above them are.
+//
+// contract: 13.9, 1.5.15, 6.4.3
+func TestRemoteSnapshotter(t *testing.T) {
+	reg := registrytest.New(t)
+	img := registrytest.Build("amd64", 1000, registrytest.Gzip, registrytest.Gzip, registrytest.Gzip)
+	reg.AddImage("app", "1", img)
+	chain := identity.ChainIDs(slices.Clone(img.DiffIDs))
+	w := newWorld(t, edge.Config{})
+	s := w.space("test")
+	s.remote = &remote{s.snaps, map[string]bool{chain[0].String(): true, chain[1].String(): true}}
+	if err := w.pull(reg.Host()+"/app:1", core.ImageStore{Unpacks: unpackMemory()}); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []int{0, 0, 1} {
+		if n := reg.Count("GET", img.Layers[i].Digest.String()); n != want {
+			t.Errorf("layer %d was fetched %d times", i, n)
+		}
+		if n := w.applied.n[img.Layers[i].Digest]; n != want {
+			t.Errorf("layer %d was applied %d times", i, n)
+		}
+		if info, err := s.snaps.Stat(t.Context(), chain[i].String()); err != nil || info.Labels[snapshot.LabelRef] != chain[i].String() {
+			t.Errorf("snapshot of layer %d: %+v, %v", i, info, err)
+		}
+	}
+	w.clean(1)
 }

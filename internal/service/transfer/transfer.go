@@ -64,21 +64,25 @@ type Deps struct {
 const LeaseTime = 24 * time.Hour
 
 // Service makes transfer services of views. It is safe for concurrent use.
-type Service struct{ d Deps }
+type Service struct {
+	d    Deps
+	life string
+}
 
 // New makes a service.
 func New(d Deps) *Service {
 	if d.Log == nil {
 		d.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Service{d}
+	return &Service{d, newLife()}
 }
 
 // In returns the transfer service of a namespace. Under a view's own lease no
 // other is made.
-func (s *Service) In(rec view.Records) core.Service { return &inView{s.d, rec} }
+func (s *Service) In(rec view.Records) core.Service { return &inView{s, s.d, rec} }
 
 type inView struct {
+	s   *Service
 	d   Deps
 	rec view.Records
 }
@@ -131,13 +135,13 @@ func (v *inView) pair(src, dst core.Endpoint) (action, error) {
 	return nil, fmt.Errorf("transfer from %s to %s: %w", src.TypeURL(), dst.TypeURL(), errdefs.ErrNotImplemented)
 }
 
-// leased runs do with records under a lease.
-func (v *inView) leased(ctx context.Context, do func(view.Records) error) error {
+// leased runs do with records under a lease. source is what is pulled, "" if
+// it is no pull.
+func (v *inView) leased(ctx context.Context, source string, do func(view.Records) error) error {
 	if v.rec.Lease() != "" {
 		return do(v.rec)
 	}
-	l, err := v.rec.Leases().Create(ctx, lease.Lease{Labels: map[string]string{
-		lease.LabelExpire: time.Now().Add(LeaseTime).UTC().Format(time.RFC3339)}})
+	l, err := v.rec.Leases().Create(ctx, lease.Lease{Labels: leaseLabels(v.s.life, source)})
 	if err != nil {
 		return fmt.Errorf("lease for a transfer: %w", err)
 	}
@@ -153,7 +157,16 @@ func (v *inView) leased(ctx context.Context, do func(view.Records) error) error 
 	if err != nil {
 		return fmt.Errorf("lease for a transfer: %w", err)
 	}
-	return do(rec)
+	if err := do(rec); err != nil {
+		return err
+	}
+	if source != "" {
+		// What an interrupted pull of the same had kept is the image's now.
+		if err := v.s.release(ctx, v.rec, func(s string) bool { return s == source[:min(len(source), maxSource)] }); err != nil {
+			v.d.Log.Warn("lease of an interrupted transfer is left to expire", "namespace", v.rec.Namespace(), "err", err)
+		}
+	}
+	return nil
 }
 
 func (v *inView) pull(ctx context.Context, src core.Registry, dst core.ImageStore, progress func(core.Progress)) error {
@@ -165,7 +178,7 @@ func (v *inView) pull(ctx context.Context, src core.Registry, dst core.ImageStor
 	if err != nil {
 		return fmt.Errorf("pull: %w", err)
 	}
-	err = v.leased(ctx, func(rec view.Records) error {
+	err = v.leased(ctx, src.Reference, func(rec view.Records) error {
 		progress(core.Progress{Event: "Resolving from " + from})
 		started := false
 		desc, err := v.d.Puller.Pull(ctx, rec, remote, dst, func(p core.Progress) {
@@ -241,7 +254,7 @@ func (v *inView) push(ctx context.Context, src core.ImageStore, dst core.Registr
 	}
 	// The lease keeps the image's content while it is sent, also if the image
 	// is removed meanwhile.
-	err = v.leased(ctx, func(rec view.Records) error {
+	err = v.leased(ctx, "", func(rec view.Records) error {
 		if err := hold(ctx, rec, img); err != nil {
 			return err
 		}
@@ -309,7 +322,7 @@ func (v *inView) export(ctx context.Context, src core.ImageStore, dst core.Expor
 	if len(dst.Platforms) == 0 {
 		dst.Platforms = src.Platforms
 	}
-	err = v.leased(ctx, func(rec view.Records) error {
+	err = v.leased(ctx, "", func(rec view.Records) error {
 		for _, img := range imgs {
 			if err := hold(ctx, rec, img); err != nil {
 				return fmt.Errorf("export %s: %w", img.Name, err)
@@ -373,7 +386,7 @@ func (v *inView) load(ctx context.Context, src core.Import, dst core.ImageStore,
 		return fmt.Errorf("import: no stream to read from: %w", errdefs.ErrInvalidArgument)
 	}
 	progress(core.Progress{Event: "Importing"})
-	err := v.leased(ctx, func(rec view.Records) error {
+	err := v.leased(ctx, "", func(rec view.Records) error {
 		idx, err := v.d.Archiver.Import(ctx, rec, src, progress)
 		if err != nil {
 			return err

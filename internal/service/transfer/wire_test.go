@@ -20,11 +20,13 @@ import (
 
 	"github.com/gantryd/gantry/core/registry"
 	core "github.com/gantryd/gantry/core/transfer"
+	"github.com/gantryd/gantry/core/typed"
 	edge "github.com/gantryd/gantry/internal/edge/registry"
 	"github.com/gantryd/gantry/internal/edge/registry/registrytest"
 	"github.com/gantryd/gantry/internal/edge/wire/streamrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/transferrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/wiretest"
+	"github.com/gantryd/gantry/internal/engine/memory"
 )
 
 func serveWire(t *testing.T, w *world) *grpc.ClientConn {
@@ -263,3 +265,42 @@ func TestImportReaderFails(t *testing.T) {
 type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, errors.New("disk on fire") }
+
+// A stream that was opened at one daemon is offered at another.
+//
+// contract: 1.3.32
+func TestStreamsTwice(t *testing.T) {
+	far := newWorld(t, edge.Config{})
+	c := streamrpc.NewClient(serveWire(t, far), "test", "")
+	mine, offered := memory.StreamPair()
+	free, err := c.Register(t.Context(), "x", offered)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.Register(t.Context(), "x", offered)
+	wantError(t, err, errdefs.IsAlreadyExists)
+	st, err := far.streams.In("test").Get(t.Context(), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		v := typed.Any{URL: "a.B", Value: []byte{byte(i)}}
+		if err := mine.Send(v); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := st.Receive(); err != nil || got.Value[0] != byte(i) {
+			t.Fatal(got, err)
+		}
+		if err := st.Send(v); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := mine.Receive(); err != nil || got.Value[0] != byte(i) {
+			t.Fatal(got, err)
+		}
+	}
+	free()
+	if _, err := mine.Receive(); !errors.Is(err, io.EOF) {
+		t.Errorf("after free: %v", err)
+	}
+	within(t, "the id is free", func() bool { return far.streams.Len() == 0 })
+}

@@ -48,6 +48,7 @@ type call struct {
 
 	mu    sync.Mutex
 	open  []stream.Stream
+	bytes []stream.Stream // those of open that carry archives
 	ended error // why take gives no more
 }
 
@@ -66,18 +67,24 @@ func (c *call) take(id, what string) (stream.Stream, error) {
 		return nil, c.ended
 	}
 	c.open = append(c.open, st)
+	if what == "import" || what == "export" {
+		c.bytes = append(c.bytes, st)
+	}
 	return st, nil
 }
 
-// end closes all streams; with an error where the peer shall know.
+// end closes all streams; those of archives with an error if there is one, so
+// that half an archive does not look like a whole one.
 func (c *call) end(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ended = err
-	for _, st := range c.open {
+	for _, st := range c.bytes {
 		if a, ok := st.(stream.Aborter); ok && err != nil {
 			a.Abort(err)
 		}
+	}
+	for _, st := range c.open {
 		_ = st.Close()
 	}
 }
