@@ -197,6 +197,9 @@ func (t *entry) publish(ctx context.Context, e event.Envelope) error {
 	return t.m.opt.Events.Publish(ctx, e)
 }
 
+// publishExit publishes first and notes that it has afterwards: a daemon that
+// is killed in between tells the exit again after its next start, which does
+// less harm than never having told it.
 func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskExit) error {
 	exec := p.ID
 	if exec == string(t.key.id) {
@@ -362,6 +365,10 @@ func (m *Manager) Publish(ctx context.Context, e event.Envelope) error {
 	if !ok {
 		return m.opt.Events.Publish(ctx, e)
 	}
+	if !m.begin() {
+		return fmt.Errorf("publish %s: the daemon is stopping: %w", e.Topic, errdefs.ErrUnavailable) // the shim keeps it
+	}
+	defer m.work.Done()
 	t := m.find(key{ns: e.Namespace, id: id})
 	if t == nil {
 		return m.opt.Events.Publish(ctx, e)

@@ -272,7 +272,9 @@ func restartKeepsRunning(t *testing.T, h *host) {
 	if p := mustGet(t, h, "b"); p.Status != task.StatusStopped || p.ExitStatus != 5 || p.Pid != bpid {
 		t.Errorf("b is %+v", p)
 	}
-	until(t, "exits are published", func() bool { return len(got.of("a")) > 0 && len(got.of("b")) > 0 })
+	until(t, "exits are published, and noted", func() bool {
+		return h.m.bundle(key{"test", "a"}).recall()["x"].Delivered && h.m.bundle(key{"test", "b"}).recall()[""].Delivered
+	})
 
 	// The shim repeats what it could not deliver for some seconds, and another
 	// daemon comes: neither is a second exit.

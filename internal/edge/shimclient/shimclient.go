@@ -173,12 +173,9 @@ func (m *Manager) Close(ctx context.Context) error {
 
 // spawn runs f, unless the manager has been closed, and says whether it does.
 func (m *Manager) spawn(f func()) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
+	if !m.begin() {
 		return false
 	}
-	m.work.Add(1)
 	go func() {
 		defer m.work.Done()
 		f()
@@ -186,8 +183,21 @@ func (m *Manager) spawn(f func()) bool {
 	return true
 }
 
+// begin counts a piece of work for which Close waits; work.Done ends it. It
+// returns false if the manager has been closed.
+func (m *Manager) begin() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
+	m.work.Add(1)
+	return true
+}
+
 // reserve enters a new task into the table, or returns ErrAlreadyExists. A
-// task of that name whose shim has died is awaited: it is on its way out.
+// task of that name whose shim has died is awaited: it is on its way out. So
+// is one that is being recovered: it may be what an interrupted create left.
 func (m *Manager) reserve(ctx context.Context, k key) (*entry, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*m.limit.Cleanup)
 	defer cancel()
@@ -205,13 +215,20 @@ func (m *Manager) reserve(ctx context.Context, k key) (*entry, error) {
 			return t, nil
 		}
 		m.mu.Unlock()
-		if l := old.getLink(); l == nil || !closed(l.dead) {
-			return nil, fmt.Errorf("task %s: %w", k, errdefs.ErrAlreadyExists)
+		settled, why := old.gone, "it is still being cleaned up after"
+		switch old.getPhase() {
+		case phaseRecovering:
+			settled, why = old.ready, "the daemon is still recovering it"
+		case phaseGone:
+		default:
+			if l := old.getLink(); l == nil || !closed(l.dead) {
+				return nil, fmt.Errorf("task %s: %w", k, errdefs.ErrAlreadyExists)
+			}
 		}
 		select {
-		case <-old.gone:
+		case <-settled:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("task %s: its shim has died and is still being cleaned up after: %w", k, errdefs.ErrAlreadyExists)
+			return nil, fmt.Errorf("task %s: %s: %w", k, why, errdefs.ErrAlreadyExists)
 		}
 	}
 }
