@@ -12,6 +12,7 @@ import (
 	"time"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	"google.golang.org/protobuf/proto"
 )
 
 // contract: 5.2.7
@@ -178,4 +179,26 @@ func TestAbandoned(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("not idle without a connection")
 	}
+}
+
+// Whatever is on stdin, the answer is options or an error.
+func FuzzDecode(f *testing.F) {
+	params, err := proto.Marshal(&bootapi.BootstrapParams{InstanceID: "c1", Namespace: "ns", ContainerdBinary: "x", Extensions: []*bootapi.Extension{{}, nil}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, seed := range [][]byte{nil, params, {10, 0}, {0xff}, []byte("\n\x1bcontainerd.runc.v1.Options\x12\x02\x08\x01"), []byte("{}")} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, in []byte) {
+		r, err := decode(Args{ID: "c1", Namespace: "ns"}, in)
+		if err == nil && r.options == nil {
+			t.Errorf("%q: neither options nor an error", in)
+		}
+		if err == nil {
+			if out, err := answer(r, "2", "unix:///x"); err != nil || len(out) == 0 {
+				t.Errorf("%q: answer %q %v", in, out, err)
+			}
+		}
+	})
 }

@@ -203,11 +203,14 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 }
 
 func (c *container) Pause(ctx context.Context) error {
-	return class(c.c.Pause())
+	return class(bounded(ctx, c.c.Pause, nothing))
 }
 
+// nothing is what can be done for a call that only waits for the kernel.
+func nothing() {}
+
 func (c *container) Resume(ctx context.Context) error {
-	return class(c.c.Resume())
+	return class(bounded(ctx, c.c.Resume, nothing))
 }
 
 func class(err error) error {
@@ -225,7 +228,7 @@ func (c *container) Update(ctx context.Context, r *specs.LinuxResources) error {
 	if err := update(&config, r); err != nil {
 		return err
 	}
-	err := c.c.Set(config)
+	err := bounded(ctx, func() error { return c.c.Set(config) }, nothing)
 	// The library refuses to start processes while this is set, and shares
 	// the value with us.
 	c.c.Config().Cgroups.Resources.SkipDevices = false
@@ -252,18 +255,19 @@ func (c *container) Checkpoint(ctx context.Context, r driver.Checkpoint) error {
 			return fmt.Errorf("empty namespace %q: only network is possible: %w", ns, errdefs.ErrInvalidArgument)
 		}
 	}
-	return c.c.Checkpoint(&libcontainer.CriuOpts{
+	opts := &libcontainer.CriuOpts{
 		ImagesDirectory: r.ImagePath, WorkDirectory: r.WorkPath, ParentImage: r.ParentPath,
 		LeaveRunning: !r.Exit, TcpEstablished: r.OpenTCP, ExternalUnixConnections: r.ExternalUnixSockets,
 		ShellJob: r.Shell, FileLocks: r.FileLocks, EmptyNs: mask, ManageCgroupsMode: r.CgroupsMode,
-	})
+	}
+	return bounded(ctx, func() error { return c.c.Checkpoint(opts) }, nothing)
 }
 
 func (c *container) Delete(ctx context.Context) error {
 	if _, err := os.Lstat(c.dir); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	return class(c.c.Destroy())
+	return class(bounded(ctx, c.c.Destroy, nothing))
 }
 
 func (d *libct) Destroy(ctx context.Context, id string) (pid int, err error) {
