@@ -20,9 +20,11 @@ import (
 	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -290,6 +292,10 @@ func (f *fake) Wait(ctx context.Context, _ *taskapi.WaitRequest) (*taskapi.WaitR
 		return nil, ctx.Err()
 	}
 	return &taskapi.WaitResponse{ExitStatus: 137, ExitedAt: timestamppb.Now()}, nil
+}
+
+func (f *fake) Checkpoint(_ context.Context, r *taskapi.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, os.WriteFile(filepath.Join(f.sc.Dir, "checkpoint"), []byte(r.Path+" "+r.Options.GetTypeUrl()), 0o600)
 }
 
 func (f *fake) Delete(context.Context, *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
@@ -762,6 +768,44 @@ type oneSnapshot struct{ snapshot.Store }
 
 func (oneSnapshot) Mounts(_ context.Context, key string) ([]mount.Mount, error) {
 	return []mount.Mount{{Type: "bind", Source: "/the/" + key}}, nil
+}
+
+// A checkpoint goes into the directory that the options name, and comes from
+// one that the descriptor names; any other is refused with a class.
+//
+// contract: 1.3.38
+func TestCheckpoint(t *testing.T) {
+	h := fakeHost(t, script{})
+	restore := &ocispec.Descriptor{Digest: "sha256:x"}
+	if _, err := h.store.Create(t.Context(), "a", task.CreateOptions{Checkpoint: restore}); !errdefs.IsNotImplemented(err) {
+		t.Errorf("restore from content: %v", err)
+	}
+	h.clean()
+	restore.Annotations = map[string]string{"RestoreFromPath": "/from/here"}
+	if _, err := h.store.Create(t.Context(), "a", task.CreateOptions{Checkpoint: restore}); err != nil {
+		t.Fatal(err)
+	}
+	var r taskapi.CreateTaskRequest
+	if raw, err := os.ReadFile(filepath.Join(h.dir, "f", "create")); err != nil || proto.Unmarshal(raw, &r) != nil || r.Checkpoint != "/from/here" {
+		t.Errorf("create request %v %v", &r, err)
+	}
+	opts, err := proto.Marshal(&runcoptions.CheckpointOptions{ImagePath: "/to/there"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const url = "containerd.runc.v1.CheckpointOptions"
+	ds, err := h.store.Checkpoint(t.Context(), "a", "", typed.Any{URL: url, Value: opts})
+	if err != nil || len(ds) != 0 {
+		t.Errorf("checkpoint: %v %v", ds, err)
+	}
+	if raw, err := os.ReadFile(filepath.Join(h.dir, "f", "checkpoint")); err != nil || string(raw) != "/to/there "+url {
+		t.Errorf("the shim was told %q (%v)", raw, err)
+	}
+	if _, err := h.store.Checkpoint(t.Context(), "a", "", typed.Any{URL: url, Value: []byte{0xff}}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("bad options: %v", err)
+	}
+	h.end("a")
+	h.clean()
 }
 
 // contract: 1.3.22
