@@ -205,7 +205,11 @@ func (db *DB) view(fn func(t *txn) error) (err error) {
 		}
 	}()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	return db.bolt.View(func(tx *bolt.Tx) error { return fn(&txn{tx: tx}) })
+	err = db.bolt.View(func(tx *bolt.Tx) error { return fn(&txn{tx: tx}) })
+	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
+		return db.failure(err)
+	}
+	return err
 }
 
 // WriteTo writes a copy of the file as of one moment: a backup.

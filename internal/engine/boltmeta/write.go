@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -160,7 +161,7 @@ func (db *DB) attempt(batch []*call) (bad int, err error) {
 	at := -1
 	tx, err := db.bolt.Begin(true)
 	if err != nil {
-		return -1, fmt.Errorf("metadata %s: %w", db.path, err)
+		return -1, db.failure(err)
 	}
 	defer func() {
 		if r := recover(); r != nil {
@@ -188,9 +189,20 @@ func (db *DB) attempt(batch []*call) (bad int, err error) {
 		return -1, nil
 	}
 	if err := tx.Commit(); err != nil {
-		return -1, fmt.Errorf("metadata %s: commit: %w", db.path, err)
+		return -1, db.failure(fmt.Errorf("commit: %w", err))
 	}
 	return -1, nil
+}
+
+// failure classes what keeps a transaction from beginning or from being kept.
+func (db *DB) failure(err error) error {
+	switch {
+	case errors.Is(err, berrors.ErrDatabaseNotOpen):
+		return fmt.Errorf("metadata %s is closed: %w", db.path, errdefs.ErrUnavailable)
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fmt.Errorf("metadata %s: %w: %w", db.path, err, errdefs.ErrResourceExhausted)
+	}
+	return fmt.Errorf("metadata %s: %w", db.path, err)
 }
 
 // find returns the bucket at the path below v1, or nil.
