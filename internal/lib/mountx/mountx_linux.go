@@ -64,7 +64,7 @@ func (m Mount) mount(root string) (path string, err error) {
 		if m.Target != "" {
 			where = filepath.Join(root, m.Target)
 		}
-		return fmt.Errorf("mount %s %q at %s: %w", m.Type, m.Source, where, err)
+		return classify(fmt.Errorf("mount %s %q at %s: %w", m.Type, m.Source, where, err))
 	}
 	target, err := openTarget(root, m.Target)
 	if err != nil {
@@ -85,6 +85,27 @@ func (m Mount) mount(root string) (path string, err error) {
 		return "", wrap(err)
 	}
 	return path, nil
+}
+
+// classify adds what the kernel's refusal means to whoever asked for a mount:
+// ErrInvalidArgument for a mount that can never be, ErrFailedPrecondition for
+// one whose source or target is not there or busy. The errno stays in the chain.
+func classify(err error) error {
+	if errdefs.IsInvalidArgument(err) || errdefs.IsNotImplemented(err) || errdefs.IsFailedPrecondition(err) {
+		return err
+	}
+	var class error
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENOTBLK), errors.Is(err, unix.ENAMETOOLONG), errors.Is(err, unix.ELOOP):
+		class = errdefs.ErrInvalidArgument
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EXDEV):
+		class = errdefs.ErrFailedPrecondition
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		class = errdefs.ErrPermissionDenied
+	default:
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, class)
 }
 
 // openTarget opens the place where to mount. The descriptor, not the name, is

@@ -1,0 +1,424 @@
+package badinput
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/content"
+	"github.com/gantryd/gantry/core/image"
+	"github.com/gantryd/gantry/core/lease"
+	"github.com/gantryd/gantry/core/namespace"
+	"github.com/gantryd/gantry/core/sandbox"
+	"github.com/gantryd/gantry/core/snapshot"
+	"github.com/gantryd/gantry/core/task"
+	"github.com/gantryd/gantry/internal/edge/wire"
+	"github.com/gantryd/gantry/internal/edge/wire/containerrpc"
+	"github.com/gantryd/gantry/internal/edge/wire/contentrpc"
+	"github.com/gantryd/gantry/internal/edge/wire/imagerpc"
+	"github.com/gantryd/gantry/internal/edge/wire/leaserpc"
+	"github.com/gantryd/gantry/internal/edge/wire/namespacerpc"
+	"github.com/gantryd/gantry/internal/edge/wire/sandboxrpc"
+	"github.com/gantryd/gantry/internal/edge/wire/snapshotrpc"
+	"github.com/gantryd/gantry/internal/edge/wire/taskrpc"
+	"github.com/gantryd/gantry/internal/edge/wire/transferrpc"
+)
+
+// binDir has gantryd and its shim: $GANTRY_BIN, or freshly built.
+var binDir string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		if os.Geteuid() != 0 {
+			fmt.Println("bad input is tried on a daemon that runs containers: root is needed")
+			return 1
+		}
+		binDir = os.Getenv("GANTRY_BIN")
+		if binDir == "" {
+			dir, err := os.MkdirTemp("", "gantry-bin")
+			if err != nil {
+				fmt.Println(err)
+				return 1
+			}
+			defer os.RemoveAll(dir)
+			binDir = dir
+			build := exec.Command("go", "build", "-tags", "seccomp", "-o", dir+"/", "./cmd/gantryd", "./cmd/containerd-shim-runc-v2")
+			build.Dir = "../.."
+			if out, err := build.CombinedOutput(); err != nil {
+				fmt.Printf("%v: %v\n%s", build, err, out)
+				return 1
+			}
+		}
+		return m.Run()
+	}())
+}
+
+// snapshotters are those that every test host has.
+var snapshotters = []string{"overlayfs", "native"}
+
+// daemon is a gantryd with directories of its own, and a connection to it.
+type daemon struct {
+	t    *testing.T
+	dir  string
+	cmd  *exec.Cmd
+	conn *grpc.ClientConn
+	done chan error
+}
+
+// start runs a daemon for the length of a test. In the end it must still be
+// the same process, must not have caught a panic, and all that is left of it
+// are its files.
+func start(t *testing.T, extra ...string) *daemon {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "gb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{t: t, dir: dir, done: make(chan error, 1)}
+	address := dir + "/s.sock"
+	config := fmt.Sprintf("version = 4\nroot = %q\nstate = %q\n[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n%s\n",
+		dir+"/root", dir+"/state", address, address+".ttrpc", dir+"/shims", strings.Join(extra, "\n"))
+	for _, sub := range []string{"tmp", "canary"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(dir+"/config.toml", []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/canary/alive", []byte("tweet"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(dir + "/log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			if b, err := os.ReadFile(dir + "/log"); err == nil {
+				t.Logf("the end of the daemon's log:\n%s", b[max(0, len(b)-12000):])
+			}
+		}
+		d.sweep()
+		log.Close()
+		os.RemoveAll(dir)
+	})
+	d.cmd = exec.Command(filepath.Join(binDir, "gantryd"), "--config", dir+"/config.toml")
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	d.cmd.Env = append(os.Environ(), "TMPDIR="+dir+"/tmp", "GOTRACEBACK=all")
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { d.done <- d.cmd.Wait() }()
+	t.Cleanup(d.end)
+	d.conn, err = grpc.NewClient("unix://"+address, wire.DialOptions()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.conn.Close() })
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for {
+		_, err := namespacerpc.NewClient(d.conn).List(ctx)
+		if err == nil {
+			return d
+		}
+		select {
+		case err := <-d.done:
+			d.done <- err
+			t.Fatalf("the daemon ended: %v", err)
+		case <-ctx.Done():
+			t.Fatalf("the daemon does not serve: %v", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// end stops the daemon and complains about what should not be.
+func (d *daemon) end() {
+	select {
+	case err := <-d.done:
+		d.t.Errorf("the daemon has ended: %v", err)
+	default:
+		d.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case err := <-d.done:
+			if err != nil {
+				d.t.Errorf("the daemon's end: %v", err)
+			}
+		case <-time.After(20 * time.Second):
+			d.t.Error("the daemon did not end within 20 s of SIGTERM")
+			d.cmd.Process.Kill()
+			<-d.done
+		}
+	}
+	b, err := os.ReadFile(d.dir + "/log")
+	if err != nil {
+		d.t.Error(err)
+	}
+	for _, l := range strings.Split(string(b), "\n") {
+		if strings.Contains(l, "request panicked") || strings.HasPrefix(l, "panic: ") {
+			d.t.Errorf("a panic: %.3000s", l)
+		}
+	}
+	for _, l := range d.outside() {
+		d.t.Errorf("left behind: %s", l)
+	}
+	if b, err := os.ReadFile(d.dir + "/canary/alive"); err != nil || string(b) != "tweet" {
+		d.t.Errorf("the canary: %q, %v", b, err)
+	}
+	if e, err := os.ReadDir(d.dir + "/canary"); err != nil || len(e) != 1 {
+		d.t.Errorf("the canary's cage: %v, %v", e, err)
+	}
+}
+
+// cgroups is the parent of the cgroups that this daemon's containers get.
+func (d *daemon) cgroups() string { return "/bad-" + filepath.Base(d.dir) }
+
+// outside lists what exists beside files: mounts, processes, cgroups.
+func (d *daemon) outside() []string {
+	var left []string
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	for _, l := range strings.Split(string(mounts), "\n") {
+		if strings.Contains(l, d.dir+"/") {
+			left = append(left, "mount "+l)
+		}
+	}
+	for pid, args := range d.processes() {
+		left = append(left, fmt.Sprintf("process %d: %s", pid, args))
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup" + d.cgroups() + "/*", "/sys/fs/cgroup/*" + d.cgroups() + "/*"} {
+		dirs, _ := filepath.Glob(pattern)
+		for _, p := range dirs {
+			if info, err := os.Stat(p); err == nil && info.IsDir() {
+				left = append(left, "cgroup "+p)
+			}
+		}
+	}
+	slices.Sort(left)
+	return left
+}
+
+// processes are those of this daemon's directory, but for the daemon itself.
+func (d *daemon) processes() map[int]string {
+	out := map[int]string{}
+	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, e := range entries {
+		b, err := os.ReadFile(e)
+		if err != nil || !bytes.Contains(b, []byte(d.dir+"/")) {
+			continue
+		}
+		var pid int
+		if _, err := fmt.Sscanf(e, "/proc/%d/cmdline", &pid); err == nil && pid != os.Getpid() && pid != d.cmd.Process.Pid {
+			out[pid] = strings.ReplaceAll(string(b), "\x00", " ")
+		}
+	}
+	return out
+}
+
+// sweep removes what a failed test left, so that the next one starts clean.
+func (d *daemon) sweep() {
+	for pid := range d.processes() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	for range 20 {
+		mounts, _ := os.ReadFile("/proc/self/mountinfo")
+		again := false
+		for _, l := range strings.Split(string(mounts), "\n") {
+			if f := strings.Fields(l); len(f) > 4 && strings.HasPrefix(f[4], d.dir+"/") {
+				syscall.Unmount(f[4], syscall.MNT_DETACH)
+				again = true
+			}
+		}
+		if !again {
+			break
+		}
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup" + d.cgroups(), "/sys/fs/cgroup/*" + d.cgroups()} {
+		dirs, _ := filepath.Glob(pattern)
+		for _, p := range dirs {
+			filepath.WalkDir(p, func(sub string, e fs.DirEntry, err error) error { // children are removed by the second try
+				if err == nil && e.IsDir() {
+					os.Remove(sub)
+				}
+				return nil
+			})
+			os.Remove(p)
+		}
+	}
+}
+
+// timeout bounds one operation of a test.
+func (d *daemon) timeout() context.Context {
+	ctx, cancel := context.WithTimeout(d.t.Context(), 30*time.Second)
+	d.t.Cleanup(cancel)
+	return ctx
+}
+
+const ns namespace.ID = "default"
+
+func (d *daemon) images() image.Store         { return imagerpc.NewClient(d.conn, ns, "") }
+func (d *daemon) content() content.Store      { return contentrpc.NewClient(d.conn, ns, "") }
+func (d *daemon) containers() container.Store { return containerrpc.NewClient(d.conn, ns, "") }
+func (d *daemon) sandboxes() sandbox.Store    { return sandboxrpc.NewClient(d.conn, ns, "") }
+func (d *daemon) leases() lease.Store         { return leaserpc.NewClient(d.conn, ns) }
+func (d *daemon) tasks() task.Store           { return taskrpc.NewClient(d.conn, ns, "") }
+func (d *daemon) namespaces() namespace.Store { return namespacerpc.NewClient(d.conn) }
+func (d *daemon) snapshots(name string) snapshot.Store {
+	return snapshotrpc.NewClient(d.conn, ns, "", name)
+}
+func (d *daemon) transfers() *transferrpc.Client { return transferrpc.NewClient(d.conn, ns, "") }
+
+// collect runs the garbage collector to its end.
+func (d *daemon) collect() {
+	d.t.Helper()
+	ctx := d.timeout()
+	l, err := d.leases().Create(ctx, lease.Lease{})
+	if err == nil {
+		err = d.leases().Delete(ctx, l.ID, true)
+	}
+	if err != nil {
+		d.t.Fatalf("collect: %v", err)
+	}
+}
+
+// inventory is all that the daemon keeps, after a collection: every record of
+// every namespace, every file below root and state, mounts, processes and cgroups.
+func (d *daemon) inventory() []string {
+	d.t.Helper()
+	d.collect()
+	ctx := d.timeout()
+	var out []string
+	add := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	check := func(err error) {
+		d.t.Helper()
+		if err != nil {
+			d.t.Fatalf("inventory: %v", err)
+		}
+	}
+	spaces, err := d.namespaces().List(ctx)
+	check(err)
+	for _, space := range spaces {
+		id := space.ID
+		leases, err := leaserpc.NewClient(d.conn, id).List(ctx)
+		check(err)
+		for _, l := range leases {
+			add("%s: lease %s", id, l.ID)
+		}
+		images, err := imagerpc.NewClient(d.conn, id, "").List(ctx)
+		check(err)
+		for _, i := range images {
+			add("%s: image %s %s", id, i.Name, i.Target.Digest)
+		}
+		check(containerrpc.NewClient(d.conn, id, "").Walk(ctx, func(c container.Container) error { add("%s: container %s", id, c.ID); return nil }))
+		sandboxes, err := sandboxrpc.NewClient(d.conn, id, "").List(ctx)
+		check(err)
+		for _, s := range sandboxes {
+			add("%s: sandbox %s", id, s.ID)
+		}
+		for _, name := range snapshotters {
+			check(snapshotrpc.NewClient(d.conn, id, "", name).Walk(ctx, func(i snapshot.Info) error { add("%s: %s snapshot %s %s", id, name, i.Name, i.Kind); return nil }))
+		}
+		check(contentrpc.NewClient(d.conn, id, "").Walk(ctx, func(i content.Info) error { add("%s: blob %s", id, i.Digest); return nil }))
+		ingests, err := contentrpc.NewClient(d.conn, id, "").Statuses(ctx)
+		check(err)
+		for _, i := range ingests {
+			add("%s: ingest %s", id, i.Ref)
+		}
+		tasks, err := taskrpc.NewClient(d.conn, id, "").List(ctx)
+		check(err)
+		for _, p := range tasks {
+			add("%s: task %s %s", id, p.ContainerID, p.Status)
+		}
+	}
+	for _, sub := range []string{"root", "state", "shims", "tmp", "canary"} {
+		err := filepath.WalkDir(filepath.Join(d.dir, sub), func(p string, e fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			// The files of snapshots are counted by their records.
+			if err == nil && e.IsDir() && (filepath.Base(p) == "fs" || filepath.Base(p) == "work" || filepath.Base(p) == "rootfs" || filepath.Base(filepath.Dir(p)) == "snapshots") {
+				add("directory %s", strings.TrimPrefix(p, d.dir))
+				return fs.SkipDir
+			}
+			if err == nil && !e.IsDir() && e.Name() != ".lock" { // locks are never removed
+				add("file %s", strings.TrimPrefix(p, d.dir))
+			}
+			return err
+		})
+		check(err)
+	}
+	out = append(out, d.outside()...)
+	slices.Sort(out)
+	return out
+}
+
+// unchanged compares the inventory with an earlier one. What a failed
+// operation gives up may be taken apart in the background for a moment.
+func (d *daemon) unchanged(before []string) {
+	d.t.Helper()
+	if diff := d.difference(before); diff != "" {
+		d.t.Errorf("left behind:\n%s", diff)
+	}
+}
+
+func (d *daemon) difference(before []string) string {
+	var b strings.Builder
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		b.Reset()
+		now := d.inventory()
+		for _, x := range now {
+			if !slices.Contains(before, x) {
+				fmt.Fprintf(&b, "  + %s\n", x)
+			}
+		}
+		for _, x := range before {
+			if !slices.Contains(now, x) {
+				fmt.Fprintf(&b, "  - %s\n", x)
+			}
+		}
+		if b.Len() == 0 || time.Now().After(deadline) {
+			return b.String()
+		}
+	}
+}
+
+// refused checks an error: its class (one of several), the words that it must
+// have, and that it does not end in nothing but a deadline.
+func refused(t testing.TB, err error, words []string, classes ...error) {
+	t.Helper()
+	if err == nil {
+		t.Error("it was accepted")
+		return
+	}
+	if !slices.ContainsFunc(classes, func(c error) bool { return errors.Is(err, c) }) {
+		t.Errorf("the class of the error is none of %v: %v", classes, err)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("the error does not say %q: %v", w, err)
+		}
+	}
+	for _, w := range []string{"failed to", "error while", "<nil>", "%!"} {
+		if strings.Contains(err.Error(), w) {
+			t.Errorf("the error has %q in it: %v", w, err)
+		}
+	}
+	if len(err.Error()) > 6000 {
+		t.Errorf("the error is %d bytes long: %.300s", len(err.Error()), err)
+	}
+}
