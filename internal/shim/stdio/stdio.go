@@ -71,7 +71,7 @@ type IO struct {
 	terminal bool
 
 	in        *os.File // what the client writes
-	out, err  *os.File // what the client reads; the same file if the paths are
+	out, err  output   // what the client reads; the same file if the paths are
 	loggers   []*logger
 	child     [3]*os.File // the process's ends
 	ours      [3]*os.File // our ends of its pipes
@@ -115,6 +115,9 @@ func (o *Opener) Open(ctx context.Context, c Config) (_ *IO, err error) {
 	case c.Terminal:
 	case c.Stderr != "" && c.Stderr == c.Stdout && !isBinary(c.Stdout):
 		s.err = s.out
+		if l, ok := s.out.(*logStream); ok {
+			s.err = l.l.stream("stderr")
+		}
 		if s.ours[2], s.child[2], err = pipe(c); err != nil {
 			return nil, err
 		}
@@ -199,7 +202,7 @@ func split(uri string) (scheme, path string, err error) {
 
 // openSink opens where one output goes, and the pipe in between if the process
 // has no terminal. A logging program reads its pipes itself, without copying.
-func (s *IO) openSink(ctx context.Context, c Config, n int, uri string) (sink *os.File, err error) {
+func (s *IO) openSink(ctx context.Context, c Config, n int, uri string) (sink output, err error) {
 	if uri == "" {
 		return nil, nil
 	}
@@ -211,6 +214,18 @@ func (s *IO) openSink(ctx context.Context, c Config, n int, uri string) (sink *o
 	case "binary", "binary-v2":
 		return s.openLogger(ctx, c, n, uri)
 	case "file":
+		maxSize, maxFiles, lines, err := logFormat(uri)
+		if err != nil {
+			return nil, err
+		}
+		if lines {
+			l, err := s.o.openLog(path, maxSize, maxFiles)
+			if err != nil {
+				return nil, err
+			}
+			sink = l.stream([]string{1: "stdout", 2: "stderr"}[n])
+			break
+		}
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return nil, err
 		}
@@ -222,14 +237,13 @@ func (s *IO) openSink(ctx context.Context, c Config, n int, uri string) (sink *o
 		if err != nil {
 			return nil, notFound(err)
 		}
+		flags := os.O_WRONLY | os.O_APPEND
 		if info.Mode()&os.ModeNamedPipe != 0 {
 			// Both ends: it never blocks for want of a reader, and what was
 			// written stays while clients come and go (contract 13.19).
-			sink, err = os.OpenFile(path, unix.O_RDWR|unix.O_NONBLOCK, 0)
-		} else {
-			sink, err = os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+			flags = unix.O_RDWR | unix.O_NONBLOCK
 		}
-		if err != nil {
+		if sink, err = os.OpenFile(path, flags, 0); err != nil {
 			return nil, err
 		}
 	}
@@ -242,7 +256,7 @@ func (s *IO) openSink(ctx context.Context, c Config, n int, uri string) (sink *o
 	return sink, nil
 }
 
-func (s *IO) openLogger(ctx context.Context, c Config, n int, uri string) (*os.File, error) {
+func (s *IO) openLogger(ctx context.Context, c Config, n int, uri string) (output, error) {
 	var read, write [2]*os.File
 	for i := range read {
 		var err error
@@ -298,8 +312,17 @@ func (s *IO) Started(console *os.File) error {
 		if s.in != nil {
 			go s.copyIn(s.ours[0])
 		}
-		s.copyOut(s.out, s.ours[1])
-		s.copyOut(s.err, s.ours[2])
+		ends := [2]*atomic.Int32{new(atomic.Int32), new(atomic.Int32)}
+		if s.err == s.out {
+			ends[1] = ends[0]
+		}
+		for i := range ends {
+			if s.ours[i+1] != nil {
+				ends[i].Add(1)
+			}
+		}
+		s.copyOut(s.out, s.ours[1], ends[0])
+		s.copyOut(s.err, s.ours[2], ends[1])
 		return nil
 	}
 	if console == nil {
@@ -331,7 +354,9 @@ func (s *IO) Started(console *os.File) error {
 	if s.in != nil {
 		go s.copyIn(s.ours[1])
 	}
-	s.copyOut(s.out, s.ours[1])
+	left := new(atomic.Int32)
+	left.Add(1)
+	s.copyOut(s.out, s.ours[1], left)
 	return nil
 }
 
@@ -343,7 +368,10 @@ func (s *IO) copyIn(dst *os.File) {
 	s.in.Close()
 }
 
-func (s *IO) copyOut(dst, src *os.File) {
+// copyOut copies until the process and all that inherited its stream have
+// closed it. The last one of left that ends closes dst: clients wait for the
+// end of the output before they delete the process.
+func (s *IO) copyOut(dst output, src *os.File, left *atomic.Int32) {
 	if src == nil {
 		return
 	}
@@ -359,12 +387,15 @@ func (s *IO) copyOut(dst, src *os.File) {
 			// The process must not block because its client's disk is full.
 			_ = s.copy(nil, src)
 		}
+		if left.Add(-1) == 0 {
+			dst.Close()
+		}
 	}()
 }
 
 // copy moves bytes until the source ends. It holds a buffer only while there
 // is something to move.
-func (s *IO) copy(dst, src *os.File) error {
+func (s *IO) copy(dst io.Writer, src *os.File) error {
 	conn, err := src.SyscallConn()
 	if err != nil {
 		return err
@@ -482,9 +513,11 @@ func (s *IO) closeFiles() {
 	s.mu.Unlock()
 	closeAll(s.child[:]...)
 	closeAll(s.ours[:]...)
-	closeAll(s.in, s.out)
-	if s.err != s.out {
-		closeAll(s.err)
+	closeAll(s.in)
+	for _, sink := range []output{s.out, s.err} {
+		if sink != nil {
+			sink.Close() // a second time does nothing
+		}
 	}
 }
 
