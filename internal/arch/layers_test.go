@@ -90,7 +90,7 @@ var layers = []layer{
 			"github.com/prometheus", "go.opentelemetry.io", "k8s.io", "github.com/containernetworking/cni", "tags.cncf.io", "golang.org/x/net",
 		})},
 	{dir: "client", local: []string{"client", "core", "internal/lib", "oci", "internal/edge/wire"},
-		external: concat(vocabulary, wireModules, []string{"github.com/containerd/console", "github.com/containerd/fifo", "golang.org/x/sync", "golang.org/x/sys"})},
+		external: concat(vocabulary, wireModules, []string{"github.com/containerd/cgroups/v3", "github.com/containerd/console", "github.com/containerd/fifo", "golang.org/x/sync", "golang.org/x/sys"})},
 	{dir: "internal/shim", local: []string{"internal/shim", "internal/lib"},
 		external: concat(vocabulary, system, wireModules, execution)},
 	{dir: "internal/shim/libct", local: []string{"internal/shim", "internal/lib"}, // libcontainer logs through logrus
