@@ -1,0 +1,658 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/client"
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/task"
+	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/oci"
+)
+
+// addCommands is the list of all commands.
+func (a *app) addCommands(root *cobra.Command) {
+	root.AddCommand(
+		a.runCommand(), a.createCommand(), a.startCommand(), a.stopCommand(), a.killCommand(), a.pauseCommand(), a.unpauseCommand(),
+		a.rmCommand(), a.psCommand(), a.logsCommand(), a.execCommand(), a.attachCommand(), a.statsCommand(), a.inspectCommand(), a.waitCommand(),
+		a.pullCommand(), a.pushCommand(), a.imagesCommand(), a.rmiCommand(), a.tagCommand(), a.saveCommand(), a.loadCommand(),
+		a.eventsCommand(), a.infoCommand(), a.versionCommand(), a.demoCommand(),
+		a.contentCommand(), a.snapshotCommand(), a.leaseCommand(), a.namespaceCommand(), a.pluginCommand(), a.taskCommand(),
+		manCommand(), demoWorkCommand(),
+	)
+	a.complete(root)
+}
+
+// Bounds of what a command waits for after it has asked for it.
+const (
+	killTimeout  = 30 * time.Second // for the end of a process that was killed
+	cleanTimeout = time.Minute      // for all of a container to go
+)
+
+// find looks a container up by its id or the beginning of it, if that is
+// unique. It says where the container is if another namespace has it, and
+// which one may have been meant.
+func (a *app) find(ctx context.Context, v view.View, ref string) (container.Container, error) {
+	c, err := v.Containers().Get(ctx, container.ID(ref))
+	if err == nil || !errdefs.IsNotFound(err) {
+		return c, err
+	}
+	var found []container.Container
+	if ferr := v.Containers().Walk(ctx, func(c container.Container) error {
+		found = append(found, c)
+		return nil
+	}, "id~=|^"+strings.ReplaceAll(regexp.QuoteMeta(ref), "|", `\|`)+"|"); ferr != nil {
+		return c, ferr
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+	default:
+		return c, fmt.Errorf("container %q: several ids begin like that: %s and %s: %w", ref, found[0].ID, found[1].ID, errdefs.ErrInvalidArgument)
+	}
+	err = a.missing(ctx, err, func(other view.View) error {
+		_, err := other.Containers().Get(ctx, container.ID(ref))
+		return err
+	})
+	var h *hinted
+	if errors.As(err, &h) {
+		return c, err
+	}
+	best, distance := "", max(1, len(ref)/3)
+	if werr := v.Containers().Walk(ctx, func(c container.Container) error {
+		if d := editDistance(ref, string(c.ID), distance); d <= distance && (best == "" || d < distance) {
+			best, distance = string(c.ID), d
+		}
+		return nil
+	}); werr == nil && best != "" {
+		return c, &hinted{err, fmt.Sprintf("did you mean %s?", best)}
+	}
+	return c, &hinted{err, "list all containers with: gantry ps -a"}
+}
+
+// editDistance is how many letters must change to make b of a, or more than
+// most if it is more.
+func editDistance(a, b string, most int) int {
+	if len(a)-len(b) > most || len(b)-len(a) > most {
+		return most + 1
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		corner := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			d := corner
+			if a[i] != b[j] {
+				d = 1 + min(corner, row[j], row[j+1])
+			}
+			corner, row[j+1] = row[j+1], d
+		}
+	}
+	return row[len(b)]
+}
+
+// each does something with every container that was named, and prints the ids
+// of those for which it succeeded. One that fails does not keep the others
+// from their turn.
+func (a *app) each(use, short string, run func(ctx context.Context, v view.View, c container.Container) error) *cobra.Command {
+	return &cobra.Command{Use: use, Short: short, GroupID: "run", Args: cobra.MinimumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := a.view(ctx)
+		if err != nil {
+			return err
+		}
+		var all error
+		for _, ref := range args {
+			c, err := a.find(ctx, v, ref)
+			if err == nil {
+				err = run(ctx, v, c)
+			}
+			if err != nil {
+				all = errors.Join(all, err)
+				continue
+			}
+			fmt.Fprintln(a.out, c.ID)
+		}
+		return all
+	}}
+}
+
+func (a *app) startCommand() *cobra.Command {
+	var attach, interactive bool
+	cmd := a.each("start CONTAINER...", "Start containers that were created or have stopped", nil)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := a.view(ctx)
+		if err != nil {
+			return err
+		}
+		if (attach || interactive) && len(args) > 1 {
+			return fmt.Errorf("--attach and --interactive are for one container, not %d", len(args))
+		}
+		var all error
+		for _, ref := range args {
+			c, err := a.find(ctx, v, ref)
+			if err == nil {
+				err = a.clearTask(ctx, v, c)
+			}
+			if err == nil && (attach || interactive) {
+				spec, err := client.Spec(c)
+				if err != nil {
+					return err
+				}
+				code, err := a.runAttached(ctx, v, c, interactive, spec.Process != nil && spec.Process.Terminal)
+				if c.Labels[labelRm] == "true" {
+					err = errors.Join(err, a.discard(ctx, v, c))
+				}
+				return exitError(code, err)
+			}
+			if err == nil {
+				err = a.startDetached(ctx, v, c)
+			}
+			if err != nil {
+				all = errors.Join(all, err)
+				continue
+			}
+			fmt.Fprintln(a.out, c.ID)
+		}
+		return all
+	}
+	cmd.Flags().BoolVarP(&attach, "attach", "a", false, "show its output and return its exit code")
+	cmd.Flags().BoolVarP(&interactive, "interactive", "i", false, "connect standard input as well")
+	return cmd
+}
+
+// clearTask deletes what is left of a container's last run, so that it can be
+// started again.
+func (a *app) clearTask(ctx context.Context, v view.View, c container.Container) error {
+	p, err := v.Tasks().Get(ctx, c.ID, "")
+	switch {
+	case errdefs.IsNotFound(err):
+		return nil
+	case err != nil:
+		return err
+	case p.Status == task.StatusStopped, p.Status == task.StatusCreated:
+		_, err := v.Tasks().Delete(ctx, c.ID)
+		return ignoreNotFound(err)
+	case p.Status == task.StatusPaused:
+		return &hinted{fmt.Errorf("start container %s: it is paused: %w", c.ID, errdefs.ErrFailedPrecondition), fmt.Sprintf("use gantry unpause %s", c.ID)}
+	}
+	return fmt.Errorf("start container %s: it is %s already: %w", c.ID, strings.ToLower(p.Status.String()), errdefs.ErrFailedPrecondition)
+}
+
+func ignoreNotFound(err error) error {
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+func (a *app) stopCommand() *cobra.Command {
+	var seconds int
+	var sig string
+	cmd := a.each("stop CONTAINER...", "Ask containers to end, and kill those that do not", func(ctx context.Context, v view.View, c container.Container) error {
+		return a.stop(ctx, v, c, sig, time.Duration(seconds)*time.Second)
+	})
+	cmd.Flags().IntVarP(&seconds, "time", "t", 10, "`seconds` until it is killed, -1 for never")
+	cmd.Flags().StringVarP(&sig, "signal", "s", "", "`signal` to ask with (that of the image, or SIGTERM)")
+	return cmd
+}
+
+// stop ends a container's process: first with the signal that its image asks
+// for, then, after grace, with SIGKILL. A negative grace never kills.
+func (a *app) stop(ctx context.Context, v view.View, c container.Container, name string, grace time.Duration) error {
+	if name == "" {
+		name = c.Labels[oci.StopSignalLabel]
+	}
+	if name == "" {
+		name = "SIGTERM"
+	}
+	sig, err := parseSignal(name)
+	if err != nil {
+		return err
+	}
+	p, err := v.Tasks().Get(ctx, c.ID, "")
+	switch {
+	case errdefs.IsNotFound(err), err == nil && p.Status == task.StatusStopped:
+		return a.stopped(ctx, v, c) // as docker has it, that is no error
+	case err != nil:
+		return err
+	case p.Status == task.StatusCreated:
+		// It has no program yet that could listen.
+		sig, grace = uint32(unix.SIGKILL), max(grace, 0)
+	}
+	err = v.Tasks().Kill(ctx, c.ID, "", sig, false)
+	if errdefs.IsNotFound(err) {
+		return a.stopped(ctx, v, c)
+	}
+	if err != nil {
+		return err
+	}
+	if p.Status == task.StatusPaused {
+		if err := v.Tasks().Resume(ctx, c.ID); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	waiting, cancel := ctx, context.CancelFunc(func() {})
+	if grace >= 0 {
+		waiting, cancel = context.WithTimeout(ctx, grace)
+	}
+	_, err = v.Tasks().Wait(waiting, c.ID, "")
+	over := waiting.Err() != nil && ctx.Err() == nil
+	cancel()
+	if err != nil && over {
+		err = a.kill9(ctx, v, c)
+	}
+	if err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	return a.stopped(ctx, v, c)
+}
+
+// kill9 kills all processes of a container and waits for the end.
+func (a *app) kill9(ctx context.Context, v view.View, c container.Container) error {
+	ctx, cancel := context.WithTimeout(ctx, killTimeout)
+	defer cancel()
+	if err := v.Tasks().Kill(ctx, c.ID, "", uint32(unix.SIGKILL), true); err != nil {
+		return err
+	}
+	// A frozen process does not even die.
+	if p, err := v.Tasks().Get(ctx, c.ID, ""); err == nil && p.Status == task.StatusPaused {
+		if err := v.Tasks().Resume(ctx, c.ID); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	if _, err := v.Tasks().Wait(ctx, c.ID, ""); err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("container %s survives SIGKILL for %v: %w", c.ID, killTimeout, err)
+		}
+		return err
+	}
+	return nil
+}
+
+// stopped removes a container that was run with --rm once it has ended.
+func (a *app) stopped(ctx context.Context, v view.View, c container.Container) error {
+	if c.Labels[labelRm] != "true" {
+		return nil
+	}
+	return a.remove(ctx, v, c, false)
+}
+
+// parseSignal reads a signal's number or name, with or without SIG, real-time
+// ones too (RTMIN+3).
+func parseSignal(s string) (uint32, error) {
+	if n, err := strconv.ParseUint(s, 10, 8); err == nil && n > 0 && n <= 64 {
+		return uint32(n), nil
+	}
+	name := strings.ToUpper(s)
+	if !strings.HasPrefix(name, "SIG") {
+		name = "SIG" + name
+	}
+	if n := unix.SignalNum(name); n != 0 {
+		return uint32(n), nil
+	}
+	const first, last = 34, 64 // as the C library has them
+	for prefix, base := range map[string]int{"SIGRTMIN": first, "SIGRTMAX": last} {
+		if rest, ok := strings.CutPrefix(name, prefix); ok {
+			n, err := strconv.Atoi(rest)
+			if n += base; (rest == "" || err == nil) && n >= first && n <= last {
+				return uint32(n), nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("unknown signal %q: %w", s, errdefs.ErrInvalidArgument)
+}
+
+func (a *app) killCommand() *cobra.Command {
+	var name string
+	var all bool
+	cmd := a.each("kill CONTAINER...", "Send a signal to containers", func(ctx context.Context, v view.View, c container.Container) error {
+		sig, err := parseSignal(name)
+		if err != nil {
+			return err
+		}
+		if err := v.Tasks().Kill(ctx, c.ID, "", sig, all); err != nil {
+			if errdefs.IsNotFound(err) {
+				return &hinted{fmt.Errorf("kill container %s: it is not running: %w", c.ID, errdefs.ErrFailedPrecondition), "see: gantry ps -a"}
+			}
+			return err
+		}
+		if sig != uint32(unix.SIGKILL) {
+			return nil
+		}
+		if err := a.kill9(ctx, v, c); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		return a.stopped(ctx, v, c)
+	})
+	cmd.Flags().StringVarP(&name, "signal", "s", "SIGKILL", "`signal` by name or number")
+	cmd.Flags().BoolVar(&all, "all", false, "send it to all processes of the container")
+	return cmd
+}
+
+func (a *app) pauseCommand() *cobra.Command {
+	return a.each("pause CONTAINER...", "Freeze the processes of containers", func(ctx context.Context, v view.View, c container.Container) error {
+		return notRunning(c, "pause", v.Tasks().Pause(ctx, c.ID))
+	})
+}
+
+func (a *app) unpauseCommand() *cobra.Command {
+	return a.each("unpause CONTAINER...", "Thaw the processes of containers", func(ctx context.Context, v view.View, c container.Container) error {
+		return notRunning(c, "unpause", v.Tasks().Resume(ctx, c.ID))
+	})
+}
+
+// notRunning makes legible that a container has no task.
+func notRunning(c container.Container, verb string, err error) error {
+	if errdefs.IsNotFound(err) {
+		return &hinted{fmt.Errorf("%s container %s: it is not running: %w", verb, c.ID, errdefs.ErrFailedPrecondition), fmt.Sprintf("start it with: gantry start %s", c.ID)}
+	}
+	return err
+}
+
+func (a *app) rmCommand() *cobra.Command {
+	var force bool
+	cmd := a.each("rm CONTAINER...", "Remove containers with their kept output", nil)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := a.view(ctx)
+		if err != nil {
+			return err
+		}
+		var all error
+		for _, ref := range args {
+			c, err := a.find(ctx, v, ref)
+			if force && errdefs.IsNotFound(err) {
+				continue
+			}
+			if err == nil {
+				err = a.remove(ctx, v, c, force)
+			}
+			if err != nil {
+				all = errors.Join(all, err)
+				continue
+			}
+			fmt.Fprintln(a.out, c.ID)
+		}
+		return all
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "kill what runs; one that is not there is no error")
+	return cmd
+}
+
+// remove deletes the task, the record with its snapshot, and the kept output.
+// What another command removes at the same time is no error.
+func (a *app) remove(ctx context.Context, v view.View, c container.Container, force bool) error {
+	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
+	defer cancel()
+	_, err := v.Tasks().Delete(ctx, c.ID)
+	if errdefs.IsFailedPrecondition(err) && force {
+		if kerr := a.kill9(ctx, v, c); kerr != nil && !errdefs.IsNotFound(kerr) {
+			return kerr
+		}
+		_, err = v.Tasks().Delete(ctx, c.ID)
+	}
+	if err != nil && !errdefs.IsNotFound(err) {
+		if errdefs.IsFailedPrecondition(err) {
+			err = &hinted{err, fmt.Sprintf("stop it first (gantry stop %s), or use rm --force", c.ID)}
+		}
+		return err
+	}
+	if err := client.DeleteContainer(ctx, v, c.ID); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	if dir := keptDir(c); dir != "" {
+		return os.RemoveAll(dir)
+	}
+	return nil
+}
+
+// keptDir is the folder of a container's kept output, "" if there is none. The
+// label may be anybody's: only what looks like ours is believed.
+func keptDir(c container.Container) string {
+	u, err := url.Parse(c.Labels[labelLog])
+	if err != nil || u.Scheme != "file" || !filepath.IsAbs(u.Path) || filepath.Clean(u.Path) != u.Path {
+		return ""
+	}
+	dir := filepath.Dir(u.Path)
+	if filepath.Base(u.Path) != "log" || filepath.Base(dir) != string(c.ID) || filepath.Base(filepath.Dir(filepath.Dir(dir))) != logFolder {
+		return ""
+	}
+	return dir
+}
+
+func (a *app) waitCommand() *cobra.Command {
+	cmd := a.each("wait CONTAINER...", "Wait until containers have ended and print their exit codes", nil)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := a.view(ctx)
+		if err != nil {
+			return err
+		}
+		exits := []task.Exit{}
+		for _, ref := range args {
+			c, err := a.find(ctx, v, ref)
+			if err != nil {
+				return err
+			}
+			exit, err := v.Tasks().Wait(ctx, c.ID, "")
+			if err != nil {
+				return notRunning(c, "wait for", err)
+			}
+			exits = append(exits, exit)
+			if a.format != "json" {
+				fmt.Fprintln(a.out, exit.Status)
+			}
+		}
+		if a.format == "json" {
+			return a.json(exits)
+		}
+		return nil
+	}
+	return cmd
+}
+
+// containerRow is a container in a listing.
+type containerRow struct {
+	Namespace string            `json:"namespace"`
+	ID        container.ID      `json:"id"`
+	Image     string            `json:"image"`
+	Command   []string          `json:"command"`
+	Status    string            `json:"status"`
+	Pid       uint32            `json:"pid,omitempty"`
+	ExitCode  *uint32           `json:"exit_code,omitempty"`
+	ExitedAt  *time.Time        `json:"exited_at,omitempty"`
+	Runtime   string            `json:"runtime"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	CreatedAt time.Time         `json:"created_at"`
+}
+
+// statusText is what the table says.
+func (r containerRow) statusText() string {
+	if r.ExitCode == nil {
+		return r.Status
+	}
+	s := fmt.Sprintf("exited (%d)", *r.ExitCode)
+	if r.ExitedAt != nil {
+		s += " " + ago(*r.ExitedAt)
+	}
+	return s
+}
+
+func (a *app) psCommand() *cobra.Command {
+	var all, quiet, noTrunc bool
+	var filters []string
+	cmd := &cobra.Command{
+		Use: "ps", Short: "List containers", Aliases: []string{"container-ls"}, GroupID: "run", Args: cobra.NoArgs,
+		Long:    "Lists the containers that run, or all with -a.\n\nA filter is status=running|paused|created|exited, id=PREFIX, image=NAME, label=KEY[=VALUE],\nor what the API understands: 'labels.\"KEY\"==VALUE', 'id~=REGEX'. All of them must match.",
+		Example: "  gantry ps -a\n  gantry ps --filter status=exited -q\n  gantry ps -A -o json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			statuses, match, err := parsePsFilters(filters)
+			if err != nil {
+				return err
+			}
+			vs, err := a.views(ctx)
+			if err != nil {
+				return err
+			}
+			list := []containerRow{}
+			for _, v := range vs {
+				some, err := a.containers(ctx, v, match)
+				if err != nil {
+					return err
+				}
+				for _, r := range some {
+					state, _, _ := strings.Cut(r.Status, " ")
+					switch {
+					case len(statuses) > 0 && !slices.Contains(statuses, state):
+					case len(statuses) == 0 && !all && state != "running" && state != "paused" && state != "pausing" && state != "unknown":
+					default:
+						list = append(list, r)
+					}
+				}
+			}
+			if quiet {
+				for _, r := range list {
+					fmt.Fprintln(a.out, r.ID)
+				}
+				return nil
+			}
+			var rows [][]string
+			for _, r := range list {
+				command := strings.Join(r.Command, " ")
+				if !noTrunc {
+					command = cut(command, 40)
+				}
+				cells := []string{string(r.ID), r.Image, printable(command), r.statusText(), ago(r.CreatedAt)}
+				if a.all {
+					cells = append(cells, r.Namespace)
+				}
+				rows = append(rows, cells)
+			}
+			header := "ID|IMAGE|COMMAND|STATUS|CREATED"
+			if a.all {
+				header += "|NAMESPACE"
+			}
+			return a.table(list, header, rows)
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&all, "all", "a", false, "list those that do not run as well")
+	f.BoolVarP(&quiet, "quiet", "q", false, "print only ids")
+	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten commands")
+	f.StringArrayVarP(&filters, "filter", "f", nil, "`condition`, see above")
+	return cmd
+}
+
+// printable replaces what would break a table or drive a terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// parsePsFilters divides filters into statuses, which only tasks know, and one
+// filter for the store.
+func parsePsFilters(list []string) (statuses []string, match []string, err error) {
+	var terms []string
+	for _, s := range list {
+		k, v, ok := strings.Cut(s, "=")
+		if ok && strings.HasPrefix(v, "=") || strings.HasSuffix(k, "~") || strings.HasSuffix(k, "!") {
+			terms = append(terms, s)
+			continue
+		}
+		switch {
+		case !ok && !strings.HasPrefix(s, "labels."):
+			return nil, nil, fmt.Errorf("filter %q: use name=value: %w", s, errdefs.ErrInvalidArgument)
+		case !ok:
+			terms = append(terms, s)
+		case k == "status":
+			if v == "stopped" {
+				v = "exited"
+			}
+			if !slices.Contains([]string{"running", "paused", "pausing", "created", "exited", "unknown"}, v) {
+				return nil, nil, fmt.Errorf("filter %q: a status is running, paused, created or exited: %w", s, errdefs.ErrInvalidArgument)
+			}
+			statuses = append(statuses, v)
+		case k == "id" || k == "name":
+			terms = append(terms, "id~=|"+strings.ReplaceAll(regexp.QuoteMeta(v), "|", `\|`)+"|")
+		case k == "image" || k == "ancestor":
+			name, err := normalize(v)
+			if err != nil {
+				return nil, nil, err
+			}
+			terms = append(terms, fmt.Sprintf("image==%q", name))
+		case k == "label":
+			key, value, has := strings.Cut(v, "=")
+			term := fmt.Sprintf("labels.%q", key)
+			if has {
+				term += fmt.Sprintf("==%q", value)
+			}
+			terms = append(terms, term)
+		default:
+			return nil, nil, fmt.Errorf("filter %q: use status, id, image or label: %w", s, errdefs.ErrInvalidArgument)
+		}
+	}
+	if len(terms) > 0 {
+		match = []string{strings.Join(terms, ",")}
+	}
+	return statuses, match, nil
+}
+
+// containers lists the containers of one namespace with the state of their tasks.
+func (a *app) containers(ctx context.Context, v view.View, match []string) ([]containerRow, error) {
+	tasks, err := v.Tasks().List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	state := map[container.ID]task.Process{}
+	for _, p := range tasks {
+		state[p.ContainerID] = p
+	}
+	var rows []containerRow
+	err = v.Containers().Walk(ctx, func(c container.Container) error {
+		r := containerRow{Namespace: string(v.Namespace()), ID: c.ID, Image: c.Image, Runtime: c.Runtime.Name, Labels: c.Labels, CreatedAt: c.CreatedAt, Status: "created"}
+		if spec, err := client.Spec(c); err == nil && spec.Process != nil {
+			r.Command = spec.Process.Args
+		}
+		if p, ok := state[c.ID]; ok {
+			r.Pid = p.Pid
+			switch p.Status {
+			case task.StatusStopped:
+				r.Status, r.Pid, r.ExitCode = "exited", 0, &p.ExitStatus
+				if !p.ExitedAt.IsZero() {
+					r.ExitedAt = &p.ExitedAt
+				}
+			default:
+				r.Status = strings.ToLower(p.Status.String())
+			}
+		}
+		rows = append(rows, r)
+		return nil
+	}, match...)
+	slices.SortStableFunc(rows, func(x, y containerRow) int { return y.CreatedAt.Compare(x.CreatedAt) })
+	return rows, err
+}

@@ -1,0 +1,550 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/gantryd/gantry/client"
+	"github.com/gantryd/gantry/core/image"
+	"github.com/gantryd/gantry/core/registry"
+	"github.com/gantryd/gantry/core/transfer"
+	"github.com/gantryd/gantry/core/view"
+)
+
+// defaultSnapshotter is that of containerd; a namespace may name another by
+// its label (contract 1.5.13).
+const defaultSnapshotter = "overlayfs"
+
+// labelSnapshotter on a namespace chooses its snapshotter.
+const labelSnapshotter = "containerd.io/defaults/snapshotter"
+
+// snapshotter is what the flag says, the environment, the namespace, or the default.
+func (a *app) snapshotter(ctx context.Context, flag string) (string, error) {
+	if flag != "" {
+		return flag, nil
+	}
+	if s := os.Getenv("CONTAINERD_SNAPSHOTTER"); s != "" {
+		return s, nil
+	}
+	v, err := a.view(ctx)
+	if err != nil {
+		return "", err
+	}
+	ns, err := a.client.Namespaces().Get(ctx, v.Namespace())
+	if err != nil {
+		return "", err
+	}
+	if s := ns.Labels[labelSnapshotter]; s != "" {
+		return s, nil
+	}
+	return defaultSnapshotter, nil
+}
+
+// normalize makes a full reference of what people type: "alpine" becomes
+// "docker.io/library/alpine:latest".
+func normalize(ref string) (string, error) {
+	named, err := reference.ParseDockerRef(ref)
+	if err != nil {
+		return "", fmt.Errorf("image reference %q: %w: %w", ref, err, errdefs.ErrInvalidArgument)
+	}
+	return named.String(), nil
+}
+
+// parsePlatform reads "linux/arm64"; "" is the zero platform, which stands for
+// the host's.
+func parsePlatform(s string) (ocispec.Platform, error) {
+	if s == "" {
+		return ocispec.Platform{}, nil
+	}
+	p, err := platforms.Parse(s)
+	if err != nil {
+		return p, fmt.Errorf("platform %q: %w", s, err)
+	}
+	return platforms.Normalize(p), nil
+}
+
+// remoteFlags say how to reach a registry.
+type remoteFlags struct {
+	user      string
+	stdin     bool
+	plainHTTP bool
+	hostsDir  string
+}
+
+func (r *remoteFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVarP(&r.user, "user", "u", "", "`name[:password]` at the registry; the password is asked for if it is missing")
+	f.BoolVar(&r.stdin, "password-stdin", false, "read the password from standard input")
+	f.BoolVar(&r.plainHTTP, "plain-http", false, "speak HTTP without TLS to the registry")
+	f.StringVar(&r.hostsDir, "hosts-dir", "", "`directory` of hosts.toml files, as the daemon sees it")
+}
+
+func (r *remoteFlags) options(a *app) (registry.Options, error) {
+	o := registry.Options{HostDir: r.hostsDir}
+	if r.plainHTTP {
+		o.DefaultScheme = "http"
+	}
+	if r.user == "" {
+		return o, nil
+	}
+	name, password, given := strings.Cut(r.user, ":")
+	switch {
+	case given:
+	case r.stdin:
+		line, err := bufio.NewReader(io.LimitReader(a.in, 64<<10)).ReadString('\n')
+		if err != nil && !errors.Is(err, io.EOF) {
+			return o, fmt.Errorf("read the password: %w", err)
+		}
+		password = strings.TrimRight(line, "\r\n")
+	case term.IsTerminal(int(a.in.Fd())):
+		fmt.Fprintf(a.err, "Password of %s: ", name)
+		b, err := term.ReadPassword(int(a.in.Fd()))
+		fmt.Fprintln(a.err)
+		if err != nil {
+			return o, fmt.Errorf("read the password: %w", err)
+		}
+		password = string(b)
+	default:
+		return o, errors.New("the password is missing: use --user name:password or --password-stdin")
+	}
+	o.Credentials = func(context.Context, registry.AuthRequest) (registry.Credential, error) {
+		return registry.Credential{Username: name, Secret: password}, nil
+	}
+	return o, nil
+}
+
+// pullFlags say what to pull and where to unpack it.
+type pullFlags struct {
+	remote       remoteFlags
+	platform     string
+	allPlatforms bool
+	snapshotter  string
+	noUnpack     bool
+	quiet        bool
+}
+
+// pull fetches and unpacks an image, which it returns the full name of.
+func (a *app) pull(ctx context.Context, ref string, p *pullFlags) (string, error) {
+	name, err := normalize(ref)
+	if err != nil {
+		return "", err
+	}
+	v, err := a.view(ctx)
+	if err != nil {
+		return "", err
+	}
+	opts, err := p.remote.options(a)
+	if err != nil {
+		return "", err
+	}
+	platform, err := parsePlatform(p.platform)
+	if err != nil {
+		return "", err
+	}
+	dst := transfer.ImageStore{Name: name}
+	wanted := platforms.DefaultSpec()
+	if platform.OS != "" {
+		wanted = platform
+	}
+	if !p.allPlatforms {
+		dst.Platforms = []ocispec.Platform{wanted}
+	}
+	if !p.noUnpack {
+		sn, err := a.snapshotter(ctx, p.snapshotter)
+		if err != nil {
+			return "", err
+		}
+		dst.Unpacks = []transfer.Unpack{{Platform: &wanted, Snapshotter: sn}}
+	}
+	show := a.progress(p.quiet)
+	err = v.Transfer().Transfer(ctx, transfer.Registry{Reference: name, Options: opts}, dst, transfer.Options{Progress: show.update})
+	show.done(err, "Pulled "+name)
+	return name, err
+}
+
+func (a *app) pullCommand() *cobra.Command {
+	var p pullFlags
+	cmd := &cobra.Command{
+		Use: "pull IMAGE", Short: "Fetch an image from a registry and unpack it", GroupID: "image", Args: cobra.ExactArgs(1),
+		Example: "  gantry pull alpine\n  gantry pull --platform linux/arm64 ghcr.io/owner/name:tag",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := a.pull(cmd.Context(), args[0], &p)
+			if err == nil && (p.quiet || a.format == "json") {
+				fmt.Fprintln(a.out, name)
+			}
+			return err
+		},
+	}
+	p.remote.add(cmd)
+	f := cmd.Flags()
+	f.StringVar(&p.platform, "platform", "", "`os/arch` to take of an image that has several (the host's)")
+	f.BoolVar(&p.allPlatforms, "all-platforms", false, "fetch all platforms")
+	f.StringVar(&p.snapshotter, "snapshotter", "", "`name` of the snapshotter to unpack into")
+	f.BoolVar(&p.noUnpack, "no-unpack", false, "fetch only")
+	f.BoolVarP(&p.quiet, "quiet", "q", false, "print only the image's name")
+	return cmd
+}
+
+func (a *app) pushCommand() *cobra.Command {
+	var r remoteFlags
+	var quiet bool
+	cmd := &cobra.Command{
+		Use: "push IMAGE [REFERENCE]", Short: "Send an image to a registry", GroupID: "image", Args: cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			v, err := a.view(ctx)
+			if err != nil {
+				return err
+			}
+			img, err := a.findImage(ctx, v, args[0])
+			if err != nil {
+				return err
+			}
+			to := img.Name
+			if len(args) == 2 {
+				if to, err = normalize(args[1]); err != nil {
+					return err
+				}
+			}
+			opts, err := r.options(a)
+			if err != nil {
+				return err
+			}
+			show := a.progress(quiet)
+			err = v.Transfer().Transfer(ctx, transfer.ImageStore{Name: img.Name}, transfer.Registry{Reference: to, Options: opts}, transfer.Options{Progress: show.update})
+			show.done(err, "Pushed "+to)
+			return err
+		},
+	}
+	r.add(cmd)
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "show no progress")
+	return cmd
+}
+
+// findImage looks an image up by what people type: its full name, a short
+// name, or the beginning of its digest.
+func (a *app) findImage(ctx context.Context, v view.View, ref string) (image.Image, error) {
+	img, err := v.Images().Get(ctx, ref)
+	if err == nil || !errdefs.IsNotFound(err) {
+		return img, err
+	}
+	if name, nerr := normalize(ref); nerr == nil && name != ref {
+		if found, ferr := v.Images().Get(ctx, name); ferr == nil {
+			return found, nil
+		}
+	}
+	if prefix := strings.TrimPrefix(ref, "sha256:"); len(prefix) >= 4 && strings.Trim(prefix, "0123456789abcdef") == "" {
+		all, lerr := v.Images().List(ctx, fmt.Sprintf("target.digest~=|^sha256:%s|", prefix))
+		if lerr == nil && len(all) > 0 {
+			for _, other := range all[1:] {
+				if other.Target.Digest != all[0].Target.Digest {
+					return img, fmt.Errorf("image %q: several digests begin like that: %w", ref, errdefs.ErrInvalidArgument)
+				}
+			}
+			return all[0], nil
+		}
+	}
+	return img, a.missing(ctx, err, func(other view.View) error {
+		if _, err := other.Images().Get(ctx, ref); err == nil {
+			return nil
+		}
+		name, err := normalize(ref)
+		if err == nil {
+			_, err = other.Images().Get(ctx, name)
+		}
+		return err
+	})
+}
+
+// imageRow is an image in a listing.
+type imageRow struct {
+	Namespace string `json:"namespace"`
+	image.Image
+	Platforms []string `json:"platforms,omitempty"`
+	Size      int64    `json:"size"`
+	Missing   string   `json:"missing,omitempty"`
+}
+
+func (a *app) imagesCommand() *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{
+		Use: "images [FILTER]", Short: "List images", Aliases: []string{"image-ls"}, GroupID: "image", Args: cobra.MaximumNArgs(1),
+		Example: "  gantry images\n  gantry images 'name~=alpine'",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			vs, err := a.views(ctx)
+			if err != nil {
+				return err
+			}
+			list := []imageRow{}
+			var rows [][]string
+			for _, v := range vs {
+				images, err := v.Images().List(ctx, args...)
+				if err != nil {
+					return err
+				}
+				for _, img := range images {
+					row := imageRow{Namespace: string(v.Namespace()), Image: img}
+					if info, err := client.InspectImage(ctx, v, img.Name, ocispec.Platform{}); err != nil {
+						row.Missing = err.Error()
+					} else {
+						row.Size = info.Size()
+						row.Platforms = []string{platforms.Format(info.Config.Platform)}
+					}
+					list = append(list, row)
+					if quiet {
+						fmt.Fprintln(a.out, img.Name)
+						continue
+					}
+					shown := size(row.Size)
+					if row.Missing != "" {
+						shown = "incomplete"
+					}
+					cells := []string{img.Name, cut(strings.TrimPrefix(img.Target.Digest.String(), "sha256:"), 15), shown, strings.Join(row.Platforms, ","), ago(img.UpdatedAt)}
+					if a.all {
+						cells = append([]string{row.Namespace}, cells...)
+					}
+					rows = append(rows, cells)
+				}
+			}
+			if quiet {
+				return nil
+			}
+			header := "NAME|DIGEST|SIZE|PLATFORM|UPDATED"
+			if a.all {
+				header = "NAMESPACE|" + header
+			}
+			return a.table(list, header, rows)
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only names")
+	return cmd
+}
+
+func (a *app) rmiCommand() *cobra.Command {
+	var async, force bool
+	cmd := &cobra.Command{
+		Use: "rmi IMAGE...", Short: "Remove images", GroupID: "image", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			v, err := a.view(ctx)
+			if err != nil {
+				return err
+			}
+			var all error
+			for i, ref := range args {
+				img, err := a.findImage(ctx, v, ref)
+				if err == nil {
+					err = v.Images().Delete(ctx, img.Name, image.DeleteOptions{Sync: !async && i == len(args)-1})
+				}
+				switch {
+				case err == nil:
+					fmt.Fprintln(a.out, img.Name)
+				case force && errdefs.IsNotFound(err):
+				default:
+					all = errors.Join(all, err)
+				}
+			}
+			return all
+		},
+	}
+	cmd.Flags().BoolVar(&async, "async", false, "do not wait until the disk space is free")
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "an image that is not there is no error")
+	return cmd
+}
+
+func (a *app) tagCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use: "tag IMAGE NAME...", Short: "Give an image further names", GroupID: "image", Args: cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			v, err := a.view(ctx)
+			if err != nil {
+				return err
+			}
+			img, err := a.findImage(ctx, v, args[0])
+			if err != nil {
+				return err
+			}
+			for _, ref := range args[1:] {
+				name, err := normalize(ref)
+				if err != nil {
+					return err
+				}
+				to := image.Image{Name: name, Target: img.Target, Labels: img.Labels}
+				_, err = v.Images().Create(ctx, to)
+				if errdefs.IsAlreadyExists(err) && force {
+					_, err = v.Images().Update(ctx, to, "target", "labels")
+				}
+				if errdefs.IsAlreadyExists(err) {
+					err = &hinted{err, "use --force to point the name at another image"}
+				}
+				if err != nil {
+					return err
+				}
+				fmt.Fprintln(a.out, name)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "a name that exists is pointed at the image")
+	return cmd
+}
+
+func (a *app) saveCommand() *cobra.Command {
+	var out, platform string
+	var all bool
+	cmd := &cobra.Command{
+		Use: "save IMAGE", Short: "Write an image to an archive", GroupID: "image", Args: cobra.ExactArgs(1),
+		Long: "Writes a tar archive that is an OCI image layout and that docker load reads as well.",
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			ctx := cmd.Context()
+			if out == "" && term.IsTerminal(int(a.out.Fd())) {
+				return errors.New("an archive is not for a terminal: use --file PATH, or redirect the output")
+			}
+			v, err := a.view(ctx)
+			if err != nil {
+				return err
+			}
+			img, err := a.findImage(ctx, v, args[0])
+			if err != nil {
+				return err
+			}
+			exp := transfer.Export{Writer: keepOpen{a.out}, AllPlatforms: all}
+			p, err := parsePlatform(platform)
+			if err != nil {
+				return err
+			}
+			if p.OS != "" {
+				exp.Platforms = []ocispec.Platform{p}
+			} else if !all {
+				exp.Platforms = []ocispec.Platform{platforms.DefaultSpec()}
+			}
+			if out != "" {
+				// A file appears under its name when it is whole.
+				part := out + ".part"
+				f, ferr := os.Create(part)
+				if ferr != nil {
+					return fmt.Errorf("save %s: %w", img.Name, ferr)
+				}
+				defer func() {
+					if cerr := f.Close(); err == nil && cerr != nil {
+						err = fmt.Errorf("save %s: %w", img.Name, cerr)
+					}
+					if err == nil {
+						err = os.Rename(part, out)
+					} else {
+						os.Remove(part)
+					}
+				}()
+				exp.Writer = keepOpen{f}
+			}
+			return v.Transfer().Transfer(ctx, transfer.ImageStore{Name: img.Name}, exp, transfer.Options{})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&out, "file", "f", "", "`path` to write to (standard output)")
+	f.StringVar(&platform, "platform", "", "`os/arch` to write (the host's)")
+	f.BoolVar(&all, "all-platforms", false, "write all platforms")
+	return cmd
+}
+
+// keepOpen is a writer that somebody else closes.
+type keepOpen struct{ io.Writer }
+
+func (keepOpen) Close() error { return nil }
+
+func (a *app) loadCommand() *cobra.Command {
+	var in, snapshotter, platform string
+	var noUnpack, quiet, all bool
+	cmd := &cobra.Command{
+		Use: "load", Short: "Read images from an archive", GroupID: "image", Args: cobra.NoArgs,
+		Long: "Reads a tar archive, compressed or not: an OCI image layout, or what docker save writes.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			src := a.in
+			if in != "" {
+				f, err := os.Open(in)
+				if err != nil {
+					return fmt.Errorf("load: %w", err)
+				}
+				defer f.Close()
+				src = f
+			} else if term.IsTerminal(int(a.in.Fd())) {
+				return errors.New("no archive: use --file PATH, or redirect the input")
+			}
+			v, err := a.view(ctx)
+			if err != nil {
+				return err
+			}
+			p, err := parsePlatform(platform)
+			if err != nil {
+				return err
+			}
+			if p.OS == "" {
+				p = platforms.DefaultSpec()
+			}
+			dst := transfer.ImageStore{References: []transfer.Reference{{IsPrefix: true, AllowOverwrite: true}}}
+			if !all {
+				dst.Platforms = []ocispec.Platform{p}
+			}
+			if !noUnpack {
+				sn, err := a.snapshotter(ctx, snapshotter)
+				if err != nil {
+					return err
+				}
+				dst.Unpacks = []transfer.Unpack{{Platform: &p, Snapshotter: sn}}
+			}
+			show := a.progress(quiet)
+			var names []string
+			err = v.Transfer().Transfer(ctx, transfer.Import{Reader: src}, dst, transfer.Options{Progress: func(e transfer.Progress) {
+				if e.Event == "saved" && !slices.Contains(names, e.Name) {
+					names = append(names, e.Name)
+				}
+				show.update(e)
+			}})
+			show.done(err, "Loaded "+strings.Join(names, ", "))
+			if err != nil {
+				return err
+			}
+			if a.format == "json" {
+				return a.json(names)
+			}
+			for _, n := range names {
+				fmt.Fprintln(a.out, n)
+			}
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&in, "file", "f", "", "`path` to read from (standard input)")
+	f.StringVar(&snapshotter, "snapshotter", "", "`name` of the snapshotter to unpack into")
+	f.StringVar(&platform, "platform", "", "`os/arch` to load (the host's)")
+	f.BoolVar(&all, "all-platforms", false, "load all platforms")
+	f.BoolVar(&noUnpack, "no-unpack", false, "load only")
+	f.BoolVarP(&quiet, "quiet", "q", false, "show no progress")
+	return cmd
+}
+
+// inspectTime makes times in listings the same everywhere.
+func inspectTime(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC3339)
+}

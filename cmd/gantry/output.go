@@ -1,0 +1,140 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/term"
+)
+
+// table prints rows under a header, cut to the terminal's width, or v as JSON
+// if that was asked for. The header's columns are separated by bars.
+func (a *app) table(v any, header string, rows [][]string) error {
+	if a.format == "json" {
+		return a.json(v)
+	}
+	return writeTable(a.out, a.width(), strings.Split(header, "|"), rows)
+}
+
+func (a *app) json(v any) error {
+	e := json.NewEncoder(a.out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// width is the terminal's in cells, 0 if out is none.
+func (a *app) width() int {
+	if w, _, err := term.GetSize(int(a.out.Fd())); err == nil {
+		return w
+	}
+	return 0
+}
+
+// writeTable aligns columns. If they are together wider than width, the
+// widest is cut until they fit; 0 cuts nothing.
+func writeTable(w io.Writer, width int, header []string, rows [][]string) error {
+	const gap, least = 2, 8
+	all := append([][]string{header}, rows...)
+	widths := make([]int, len(header))
+	for _, row := range all {
+		for i, cell := range row {
+			widths[i] = max(widths[i], len([]rune(cell)))
+		}
+	}
+	if width > 0 {
+		total := gap * (len(widths) - 1)
+		for _, n := range widths {
+			total += n
+		}
+		for ; total > width; total-- {
+			widest := 0
+			for i, n := range widths {
+				if n > widths[widest] {
+					widest = i
+				}
+			}
+			if widths[widest] <= least {
+				break
+			}
+			widths[widest]--
+		}
+	}
+	var b strings.Builder
+	for _, row := range all {
+		line := ""
+		for i, cell := range row {
+			cell = cut(cell, widths[i])
+			line += cell + strings.Repeat(" ", widths[i]-len([]rune(cell))+gap)
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// cut shortens s to n cells, with "..." where something is missing.
+func cut(s string, n int) string {
+	r := []rune(s)
+	if len(r) <= n {
+		return s
+	}
+	if n <= 3 {
+		return string(r[:n])
+	}
+	return string(r[:n-3]) + "..."
+}
+
+// ago says how long ago t was.
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	d := time.Since(t)
+	day := 24 * time.Hour
+	for _, u := range []struct {
+		d    time.Duration
+		name string
+	}{{365 * day, "year"}, {30 * day, "month"}, {7 * day, "week"}, {day, "day"}, {time.Hour, "hour"}, {time.Minute, "minute"}, {time.Second, "second"}} {
+		if n := int(d / u.d); n >= 1 {
+			if n > 1 {
+				u.name += "s"
+			}
+			return fmt.Sprintf("%d %s ago", n, u.name)
+		}
+	}
+	return "just now"
+}
+
+// size says a number of bytes in binary units.
+func size(n int64) string {
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, unit := float64(n), ""
+	for _, unit = range []string{"KiB", "MiB", "GiB", "TiB", "PiB"} {
+		if f /= 1024; f < 1024 {
+			break
+		}
+	}
+	return fmt.Sprintf("%.1f %s", f, unit)
+}
+
+// program is the path of this executable.
+func program() (string, error) {
+	p, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(p)
+}
+
+// marshalLine is JSON on one line.
+func marshalLine(v any) ([]byte, error) {
+	b, err := json.Marshal(v)
+	return append(b, '\n'), err
+}

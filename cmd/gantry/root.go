@@ -1,0 +1,214 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	"github.com/gantryd/gantry/client"
+	"github.com/gantryd/gantry/core/lease"
+	"github.com/gantryd/gantry/core/namespace"
+	"github.com/gantryd/gantry/core/view"
+)
+
+// app is one run of the program: its streams, the flags that all commands
+// have, and the connection, which is made when the first command needs it.
+type app struct {
+	in       *os.File
+	out, err *os.File
+
+	address   string
+	namespace string
+	all       bool
+	format    string
+	timeout   time.Duration
+	client    *client.Client
+}
+
+func newApp(in, out, err *os.File) *app { return &app{in: in, out: out, err: err} }
+
+func (a *app) close() {
+	if a.client != nil {
+		a.client.Close()
+	}
+}
+
+func env(name, def string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return def
+}
+
+func (a *app) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "gantry",
+		Short:         "Run containers",
+		Long:          "gantry runs containers and shows what the daemon, gantryd, has: images, containers, snapshots, content.\n\nStart with:  gantry run -it docker.io/library/alpine\nOr see all of it work on this machine, without a network:  gantry demo",
+		SilenceErrors: true, SilenceUsage: true,
+		Version: version + " " + revision,
+	}
+	f := root.PersistentFlags()
+	f.StringVar(&a.address, "address", env("GANTRY_ADDRESS", env("CONTAINERD_ADDRESS", client.DefaultAddress)), "`path` of the daemon's socket [$GANTRY_ADDRESS, $CONTAINERD_ADDRESS]")
+	f.StringVarP(&a.namespace, "namespace", "n", env("GANTRY_NAMESPACE", env("CONTAINERD_NAMESPACE", string(namespace.Default))), "`namespace` to work in [$GANTRY_NAMESPACE, $CONTAINERD_NAMESPACE]")
+	f.BoolVarP(&a.all, "all-namespaces", "A", false, "list what is in all namespaces")
+	f.StringVarP(&a.format, "output", "o", "", "`format`: table or json")
+	f.DurationVar(&a.timeout, "timeout", 0, "give up after this `duration` (0 is never)")
+	root.AddGroup(&cobra.Group{ID: "run", Title: "Containers:"}, &cobra.Group{ID: "image", Title: "Images:"}, &cobra.Group{ID: "daemon", Title: "Daemon:"}, &cobra.Group{ID: "low", Title: "Low level:"})
+	root.SetHelpCommandGroupID("daemon")
+	root.SetCompletionCommandGroupID("daemon")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if a.format != "" && a.format != "table" && a.format != "json" {
+			return fmt.Errorf("unknown output format %q, use table or json", a.format)
+		}
+		if a.timeout > 0 {
+			ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
+			context.AfterFunc(ctx, cancel)
+			cmd.SetContext(ctx)
+		}
+		return nil
+	}
+	a.addCommands(root)
+	return root
+}
+
+// connectTimeout bounds how long a command waits for the daemon to answer.
+const connectTimeout = 10 * time.Second
+
+// dial returns the connection, once the daemon has answered on it.
+func (a *app) dial(ctx context.Context) (*client.Client, error) {
+	if a.client != nil {
+		return a.client, nil
+	}
+	if _, err := os.Stat(a.address); err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("no daemon at %s: %w", a.address, errdefs.ErrUnavailable)
+		}
+		return nil, fmt.Errorf("connect to the daemon: %w", err)
+	}
+	c, err := client.Dial(a.address)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	if err := c.Serving(ctx); err != nil {
+		c.Close()
+		return nil, err
+	}
+	a.client = c
+	return c, nil
+}
+
+// view opens the namespace that the flags name.
+func (a *app) view(ctx context.Context) (view.View, error) { return a.leased(ctx, "") }
+
+func (a *app) leased(ctx context.Context, under lease.ID) (view.View, error) {
+	c, err := a.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return c.In(namespace.ID(a.namespace), under)
+}
+
+// views opens what a listing is about: the namespace of the flags, or all.
+func (a *app) views(ctx context.Context) ([]view.View, error) {
+	if !a.all {
+		v, err := a.view(ctx)
+		return []view.View{v}, err
+	}
+	c, err := a.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := c.Namespaces().List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []view.View
+	for _, ns := range all {
+		v, err := c.In(ns.ID, "")
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+// missing makes a "not found" say where the object is, if another namespace
+// has it. find looks for it in one namespace.
+func (a *app) missing(ctx context.Context, err error, find func(view.View) error) error {
+	if err == nil || !errdefs.IsNotFound(err) || a.client == nil {
+		return err
+	}
+	// The hint is worth a moment, not more.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	all, lerr := a.client.Namespaces().List(ctx)
+	if lerr != nil {
+		return err
+	}
+	for _, ns := range all {
+		if string(ns.ID) == a.namespace {
+			continue
+		}
+		if v, verr := a.client.In(ns.ID, ""); verr == nil && find(v) == nil {
+			return &hinted{err, fmt.Sprintf("it is in namespace %s: use gantry -n %s", ns.ID, ns.ID)}
+		}
+	}
+	return err
+}
+
+// hinted is an error with advice.
+type hinted struct {
+	error
+	hint string
+}
+
+func (h *hinted) Unwrap() error { return h.error }
+
+// explain prints an error and what to do next.
+func (a *app) explain(cmd *cobra.Command, err error) {
+	fmt.Fprintln(a.err, "gantry: "+err.Error())
+	if hint := advice(a, cmd, err); hint != "" {
+		fmt.Fprintln(a.err, "hint: "+hint)
+	}
+}
+
+func advice(a *app, cmd *cobra.Command, err error) string {
+	var h *hinted
+	text := err.Error()
+	switch {
+	case errors.As(err, &h):
+		return h.hint
+	case errors.Is(err, os.ErrPermission) || strings.Contains(text, "permission denied") && strings.Contains(text, a.address):
+		return "the daemon's socket belongs to root: use sudo"
+	case errdefs.IsUnavailable(err) && a.client == nil:
+		return fmt.Sprintf("is gantryd running? Start it with: systemctl start gantry, or: sudo gantryd. For another socket: gantry --address PATH (now %s)", a.address)
+	case strings.HasPrefix(text, "unknown command"), strings.HasPrefix(text, "unknown flag"), strings.HasPrefix(text, "unknown shorthand"), strings.Contains(text, "arg(s)"):
+		return fmt.Sprintf("see: %s --help", cmd.CommandPath())
+	}
+	return ""
+}
+
+// failureCode is the exit code for an error of Gantry's own (docker's
+// convention, which scripts know).
+func failureCode(err error) int {
+	text := err.Error()
+	switch {
+	case strings.Contains(text, "executable file not found"), strings.Contains(text, "no such file or directory") && strings.Contains(text, "exec"):
+		return 127
+	case strings.Contains(text, "permission denied") && strings.Contains(text, "exec"):
+		return 126
+	case strings.HasPrefix(text, "unknown "):
+		return 2
+	}
+	return 125
+}

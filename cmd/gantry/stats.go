@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/gantryd/gantry/client"
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/view"
+)
+
+// statsRow is what a container uses. CPUPercent is of one CPU, between two looks.
+type statsRow struct {
+	Namespace string `json:"namespace"`
+	client.Usage
+	CPUPercent float64 `json:"cpu_percent"`
+}
+
+func (a *app) statsCommand() *cobra.Command {
+	var once bool
+	var interval time.Duration
+	cmd := &cobra.Command{
+		Use: "stats [CONTAINER...]", Short: "Show what containers use", GroupID: "run",
+		Long: "Shows CPU, memory, processes and block I/O of the containers named, or of all that run. CPU is in percent of one CPU.\nOn a terminal the table is renewed until it is interrupted.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			if interval < 100*time.Millisecond {
+				return fmt.Errorf("--interval %v: use 100ms or more", interval)
+			}
+			vs, err := a.views(ctx)
+			if err != nil {
+				return err
+			}
+			var ids []container.ID
+			for _, ref := range args {
+				c, err := a.find(ctx, vs[0], ref)
+				if err != nil {
+					return err
+				}
+				if _, err := vs[0].Tasks().Get(ctx, c.ID, ""); err != nil {
+					return notRunning(c, "stats of", err)
+				}
+				ids = append(ids, c.ID)
+			}
+			live := !once && a.format != "json" && term.IsTerminal(int(a.out.Fd()))
+			before, err := usages(ctx, vs, ids)
+			if err != nil {
+				return err
+			}
+			pause := min(interval, 500*time.Millisecond) // the first look is wanted soon
+			for drawn := 0; ; {
+				select {
+				case <-ctx.Done():
+					return stopOf(ctx)
+				case <-time.After(pause):
+				}
+				now, err := usages(ctx, vs, ids)
+				if err != nil {
+					if ctx.Err() != nil {
+						return stopOf(ctx)
+					}
+					return err
+				}
+				list := compare(before, now)
+				if !live {
+					if err := a.statsTable(a.out, list); err != nil || once || a.format != "json" && len(list) == 0 {
+						return err
+					}
+				} else {
+					var b bytes.Buffer
+					if err := a.statsTable(&b, list); err != nil {
+						return err
+					}
+					lines := strings.SplitAfter(b.String(), "\n")
+					if _, h, err := term.GetSize(int(a.out.Fd())); err == nil && len(lines) > h {
+						lines = lines[:h-1]
+					}
+					up := ""
+					if drawn > 0 {
+						up = fmt.Sprintf("\x1b[%dA", drawn)
+					}
+					drawn = len(lines) - 1
+					if _, err := io.WriteString(a.out, up+"\r\x1b[J"+strings.Join(lines, "")); err != nil {
+						return err
+					}
+				}
+				before, pause = now, interval
+			}
+		},
+	}
+	cmd.Flags().BoolVar(&once, "no-stream", false, "look once")
+	cmd.Flags().DurationVar(&interval, "interval", time.Second, "`time` between two looks")
+	return cmd
+}
+
+// stopOf is nil if somebody left a command that goes on for ever.
+func stopOf(ctx context.Context) error {
+	if ctx.Err() == context.Canceled {
+		return nil
+	}
+	return ctx.Err()
+}
+
+// usages looks at the tasks of namespaces, or only at those with ids.
+func usages(ctx context.Context, vs []view.View, ids []container.ID) ([]statsRow, error) {
+	list := []statsRow{}
+	for _, v := range vs {
+		var filters []string
+		for _, id := range ids {
+			filters = append(filters, fmt.Sprintf("id==%q", id))
+		}
+		metrics, err := v.Tasks().Metrics(ctx, filters...)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range metrics {
+			if len(ids) > 0 && !slices.Contains(ids, container.ID(m.ID)) {
+				continue
+			}
+			u, err := client.DecodeMetric(m)
+			if err != nil {
+				if errdefs.IsNotImplemented(err) && len(ids) == 0 {
+					continue // another runtime's form, and nobody asked for it
+				}
+				return nil, err
+			}
+			if u.At.IsZero() {
+				u.At = time.Now()
+			}
+			list = append(list, statsRow{Namespace: string(v.Namespace()), Usage: u})
+		}
+	}
+	slices.SortFunc(list, func(x, y statsRow) int {
+		return strings.Compare(x.Namespace+"/"+x.ID, y.Namespace+"/"+y.ID)
+	})
+	return list, nil
+}
+
+// compare fills in what only two looks tell.
+func compare(before, now []statsRow) []statsRow {
+	for i := range now {
+		n := &now[i]
+		for _, b := range before {
+			if took := n.At.Sub(b.At); b.Namespace == n.Namespace && b.ID == n.ID && took > 0 && n.CPU >= b.CPU {
+				n.CPUPercent = 100 * float64(n.CPU-b.CPU) / float64(took)
+			}
+		}
+	}
+	return now
+}
+
+func (a *app) statsTable(w io.Writer, list []statsRow) error {
+	if a.format == "json" {
+		return a.json(list)
+	}
+	header := []string{"ID", "CPU", "MEMORY", "LIMIT", "PIDS", "READ", "WRITTEN"}
+	if a.all {
+		header = append(header, "NAMESPACE")
+	}
+	var rows [][]string
+	for _, r := range list {
+		limit := "none"
+		if r.MemoryLimit > 0 {
+			limit = size(int64(r.MemoryLimit))
+		}
+		row := []string{r.ID, fmt.Sprintf("%.1f%%", r.CPUPercent), size(int64(r.Memory)), limit, fmt.Sprint(r.Pids), size(int64(r.ReadBytes)), size(int64(r.WriteBytes))}
+		if a.all {
+			row = append(row, r.Namespace)
+		}
+		rows = append(rows, row)
+	}
+	return writeTable(w, a.width(), header, rows)
+}
