@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -466,7 +467,7 @@ type watch struct {
 	began  time.Time
 	waited time.Duration
 	window int64
-	total  int64
+	total  atomic.Int64
 	since  time.Time
 }
 
@@ -477,9 +478,8 @@ func newWatch(cfg *Config, cancel context.CancelCauseFunc) *watch {
 // start begins to wait. It and stop are called by one goroutine at a time.
 func (w *watch) start() {
 	w.began = time.Now()
-	total, since := w.total, w.since
 	fire := func() {
-		elapsed := time.Since(since)
+		total, elapsed := w.total.Load(), time.Since(w.since)
 		w.cancel(&timeoutError{fmt.Sprintf("stalled: %d bytes in %s (%.0f bytes/s), less than %d within %s",
 			total, elapsed.Round(time.Millisecond), float64(total)/elapsed.Seconds(), w.min, w.limit)})
 	}
@@ -496,7 +496,7 @@ func (w *watch) stop() {
 }
 
 func (w *watch) moved(n int) {
-	w.total += int64(n)
+	w.total.Add(int64(n))
 	w.window += int64(n)
 	if w.window >= w.min {
 		w.window, w.waited = 0, 0
@@ -533,9 +533,9 @@ func (r *receiving) Close() error {
 	return r.ReadCloser.Close()
 }
 
-// sending is a request's body. That the transport asks for more is progress.
-// A fresh deadline starts with each piece, so the last one is the time that the
-// server has for its answer.
+// sending is a request's body. That the transport asks for more is progress,
+// and a fresh deadline starts with each piece. When all is sent the server has
+// commitFactor times as long to answer: it may have to move a large blob.
 type sending struct {
 	r    io.Reader
 	size int64
@@ -551,8 +551,13 @@ func (s *sending) Read(b []byte) (int, error) {
 	defer s.mu.Unlock()
 	if n > 0 {
 		s.n += int64(n)
+		s.w.total.Store(s.n)
+		limit := s.w.limit
+		if s.n >= s.size {
+			limit *= commitFactor
+		}
 		if s.w.timer != nil && s.w.timer.Stop() {
-			s.w.timer.Reset(s.w.limit)
+			s.w.timer.Reset(limit)
 		}
 		if s.sent != nil {
 			s.sent(s.n)
@@ -560,6 +565,8 @@ func (s *sending) Read(b []byte) (int, error) {
 	}
 	return n, err
 }
+
+const commitFactor = 5
 
 // transient reports whether an error of the transport may not come again.
 func transient(err error) bool {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -972,5 +973,32 @@ func TestPush(t *testing.T) {
 	_, err := open(t, client(t, cfg), reg.Host()+"/a/b:1", core.Options{}).Push(t.Context(), bigDesc, reader{bytes.NewReader(big)}, core.PushOptions{})
 	if err == nil || !strings.Contains(err.Error(), "stalled") || time.Since(began) > bound {
 		t.Errorf("a registry that takes nothing: %v after %s", err, time.Since(began))
+	}
+}
+
+// What a registry warns of is logged, and requests say who asks.
+//
+// contract: 6.1.10
+func TestWarnings(t *testing.T) {
+	img := registrytest.Build("amd64", 10, registrytest.Gzip)
+	reg := registrytest.New(t)
+	reg.AddImage("a/b", "1", img)
+	reg.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Add("Warning", `299 - "this image is old"`)
+		return false
+	}
+	var log bytes.Buffer
+	cfg := quick
+	cfg.UserAgent, cfg.Log = "containerd/test", slog.New(slog.NewTextHandler(&log, nil))
+	if _, err := open(t, client(t, cfg), reg.Host()+"/a/b:1", core.Options{}).Resolve(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "this image is old") || !strings.Contains(log.String(), reg.Host()) {
+		t.Errorf("log: %s", log.String())
+	}
+	for _, q := range reg.Requests() {
+		if q.Header.Get("User-Agent") != "containerd/test" {
+			t.Errorf("User-Agent %q", q.Header.Get("User-Agent"))
+		}
 	}
 }

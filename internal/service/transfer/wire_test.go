@@ -5,6 +5,9 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -303,4 +306,42 @@ func TestStreamsTwice(t *testing.T) {
 		t.Errorf("after free: %v", err)
 	}
 	within(t, "the id is free", func() bool { return far.streams.Len() == 0 })
+}
+
+// A request's own directory of hosts.toml files, headers and scheme are used
+// for it, and for it alone.
+//
+// contract: 6.2.4
+func TestResolverOptions(t *testing.T) {
+	reg := registrytest.New(t)
+	reg.AddImage("app", "1", registrytest.Build("amd64", 10, registrytest.Gzip))
+	w := newWorld(t, edge.Config{})
+	c := transferrpc.NewClient(serveWire(t, w), "test", "")
+	root := t.TempDir()
+	if err := os.Mkdir(filepath.Join(root, "example.invalid"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(root, "example.invalid", "hosts.toml"), []byte("server = \"http://"+reg.Host()+"\"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	err := c.Transfer(t.Context(), core.Registry{Reference: "example.invalid/app:1", Options: registry.Options{HostDir: root}}, core.ImageStore{Name: "a"}, core.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = c.Transfer(t.Context(), core.Registry{Reference: reg.Host() + "/app:1", Options: registry.Options{DefaultScheme: "http", Headers: http.Header{"X-Mine": {"1"}}}}, core.ImageStore{Name: "b"}, core.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, q := range reg.Requests() {
+		if q.Header.Get("X-Mine") == "1" {
+			seen++
+		}
+	}
+	if seen == 0 || seen == len(reg.Requests()) {
+		t.Errorf("%d of %d requests have the header", seen, len(reg.Requests()))
+	}
+	err = c.Transfer(t.Context(), core.Registry{Reference: reg.Host() + "/app:1", Options: registry.Options{DefaultScheme: "ftp"}}, core.ImageStore{Name: "c"}, core.Options{})
+	wantError(t, err, errdefs.IsInvalidArgument, "ftp")
+	w.clean(2)
 }
