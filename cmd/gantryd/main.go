@@ -124,6 +124,9 @@ func printWarnings(ws []config.Warning) {
 // serve is the life of the daemon, in the order of contract 8.2.5.
 func serve(ctx context.Context, f *flags) error {
 	start := time.Now()
+	if _, err := logging.ParseLevel(f.LogLevel); err != nil {
+		return fmt.Errorf("--log-level: %w", err)
+	}
 	cfg, warnings, err := f.load()
 	if err != nil {
 		return err
@@ -178,9 +181,11 @@ func serve(ctx context.Context, f *flags) error {
 			log.Warn("notify the service manager", "error", err)
 		}
 	}
-	err = lifecycle.Run(ctx, log, ready, d.components...)
-	if nerr := notifier.Stopping(); nerr != nil {
-		log.Warn("notify the service manager", "error", nerr)
-	}
+	// The last component is the first to stop.
+	stopping := lifecycle.Component{Name: "notification", Run: func(ctx context.Context) error {
+		<-ctx.Done()
+		return notifier.Stopping()
+	}}
+	err = lifecycle.Run(ctx, log, ready, append(d.components, stopping)...)
 	return errors.Join(err, d.host.Close())
 }
