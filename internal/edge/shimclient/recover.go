@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,6 +54,8 @@ func (m *Manager) Scan() error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	// A task that was made while the names were read is nobody's remains.
+	found.tasks = slices.DeleteFunc(found.tasks, func(t *entry) bool { return m.tasks[t.key] != nil })
 	for _, t := range found.tasks {
 		m.tasks[t.key] = t
 	}

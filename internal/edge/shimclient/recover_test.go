@@ -71,6 +71,23 @@ func TestRecoverWithoutStore(t *testing.T) {
 	h.clean()
 }
 
+// A task that was made before the scan is not taken for what an earlier daemon left.
+//
+// contract: 5.4.1
+func TestScanSparesTheLiving(t *testing.T) {
+	h := fakeHost(t, script{})
+	if _, err := h.store.Create(t.Context(), "a", task.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	before := h.m.find(key{"test", "a"})
+	h.recover()
+	if h.m.find(key{"test", "a"}) != before {
+		t.Error("the living task was recovered")
+	}
+	h.end("a")
+	h.clean()
+}
+
 // A thousand bundles of which nothing lives do not keep anybody waiting.
 //
 // promise: P12
