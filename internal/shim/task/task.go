@@ -189,6 +189,15 @@ func validID(kind, id string) error {
 	return nil
 }
 
+// lasting is for calls that must not stop halfway because the daemon has died
+// during them: the next one finds them done. The caller's deadline counts.
+func lasting(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	if d, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(d))
+	}
+	return context.WithTimeout(context.WithoutCancel(ctx), limit)
+}
+
 // Create mounts the root file system and makes the container, its first
 // process waiting. Nothing is left after an error.
 func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *taskapi.CreateTaskResponse, err error) {
@@ -465,7 +474,7 @@ func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (_ *taskap
 		return nil, err
 	}
 	defer wrap(&err, "start %s", p.name())
-	ctx, cancel := context.WithTimeout(ctx, createTimeout)
+	ctx, cancel := lasting(ctx, createTimeout)
 	defer cancel()
 	if p.id != "" {
 		return s.startExec(ctx, p)
@@ -651,7 +660,7 @@ func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (_ *task
 		return nil, err
 	}
 	defer wrap(&err, "delete %s", p.name())
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := lasting(ctx, callTimeout)
 	defer cancel()
 	if p.id != "" {
 		return s.deleteExec(p)
