@@ -193,7 +193,7 @@ func TestPullsAndCollections(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := newFixture(t, func(o *Options) { o.Content = blobStore })
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	c := gc.New(f.DB, gc.Defaults(), nil)
 	stop := make(chan struct{})
