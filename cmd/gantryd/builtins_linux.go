@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"github.com/gantryd/gantry/internal/engine/walkdiff"
 	"github.com/gantryd/gantry/internal/lib/atomicfile"
 	"github.com/gantryd/gantry/internal/lib/fault"
+	"github.com/gantryd/gantry/internal/lib/host"
 	"github.com/gantryd/gantry/internal/lib/plugin"
 	"github.com/gantryd/gantry/internal/service/gc"
 )
@@ -38,7 +40,7 @@ func builtinSnapshotters() []opener {
 				if err == nil {
 					env.Capability(s.Capabilities()...)
 				}
-				return s, err
+				return s, skippable(err)
 			})
 			spec.Platforms = []plugin.Platform{p}
 			s, err := plugin.Open(ctx, h, spec)
@@ -47,13 +49,23 @@ func builtinSnapshotters() []opener {
 		func(ctx context.Context, h *plugin.Host, p plugin.Platform, f *fault.Points) (string, snapshot.Store, error) {
 			spec := plugin.New(typeSnapshotter, native.Name, native.Config{}, func(_ context.Context, env *plugin.Env, c native.Config) (*native.Store, error) {
 				env.Export("root", rootPath(c.RootPath, env.Root))
-				return native.Open(env.Root, c, env.Log, native.WithFault(f))
+				s, err := native.Open(env.Root, c, env.Log, native.WithFault(f))
+				return s, skippable(err)
 			})
 			spec.Platforms = []plugin.Platform{p}
 			s, err := plugin.Open(ctx, h, spec)
 			return native.Name, s, err
 		},
 	}
+}
+
+// skippable makes "not possible on this host" a reason to go on without.
+func skippable(err error) error {
+	var lacks *host.Lacks
+	if errors.As(err, &lacks) {
+		return plugin.Skip("%v", err)
+	}
+	return err
 }
 
 func rootPath(configured, own string) string {
@@ -78,6 +90,7 @@ type (
 	}
 	diffConfig struct {
 		Default []string `toml:"default"`
+		SyncFS  bool     `toml:"sync_fs"`
 	}
 	optConfig struct {
 		Path string `toml:"path"`

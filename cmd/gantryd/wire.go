@@ -10,8 +10,12 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/moby/sys/userns"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/diff"
+	"github.com/gantryd/gantry/core/mount"
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/daemon/config"
@@ -24,6 +28,7 @@ import (
 	"github.com/gantryd/gantry/internal/engine/walkdiff"
 	"github.com/gantryd/gantry/internal/lib/fault"
 	"github.com/gantryd/gantry/internal/lib/plugin"
+	"github.com/gantryd/gantry/internal/lib/tarstream"
 	"github.com/gantryd/gantry/internal/service/archive"
 	"github.com/gantryd/gantry/internal/service/gc"
 	"github.com/gantryd/gantry/internal/service/pull"
@@ -147,7 +152,13 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 				env.Log.Warn("differ is not available", "differ", name)
 			}
 		}
-		return func(rec view.Records) diff.Service { return walkdiff.Chain{walk(rec.Content())} }, nil
+		return func(rec view.Records) diff.Service {
+			chain := walkdiff.Chain{walk(rec.Content())}
+			if c.SyncFS {
+				return syncing{chain}
+			}
+			return chain
+		}, nil
 	})
 	differs.Requires = []string{typeDiffer}
 	differ, err := plugin.Open(ctx, host, differs)
@@ -257,6 +268,7 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 			<-ctx.Done()
 			return nil
 		}},
+		{Name: "interrupted transfers", Run: func(ctx context.Context) error { return transfers.Run(ctx, db.Namespaces()) }},
 		{Name: "garbage collection", Run: collector.Run},
 		{Name: "events", Stop: func(context.Context) error { return bus.Close() }},
 	}}, nil
@@ -296,8 +308,17 @@ func walkdiffs(cfg *config.Config, tmp string, log *slog.Logger) (func(content.S
 	if err != nil {
 		return nil, err
 	}
-	opts := walkdiff.Options{TempDir: tmp, SourceDateEpoch: epoch, Processors: processors(cfg), Report: reportLeftOut(log)}
+	opts := walkdiff.Options{TempDir: tmp, SourceDateEpoch: epoch, Processors: processors(cfg), GzipHelper: tarstream.GzipHelper(os.Getenv),
+		UserNS: userns.RunningInUserNS(), Report: reportLeftOut(log)}
 	return func(store content.Store) diff.Service { return walkdiff.New(store, opts) }, nil
+}
+
+// syncing makes every Apply durable by itself (contract 3.3.1).
+type syncing struct{ diff.Service }
+
+func (s syncing) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts diff.ApplyOptions) (ocispec.Descriptor, error) {
+	opts.Sync = true
+	return s.Service.Apply(ctx, desc, mounts, opts)
 }
 
 // listNames adds the rows that clients look for and that are no component
