@@ -253,8 +253,21 @@ func ingest(ctx context.Context, store content.Store, want digest.Digest, size i
 		_ = store.Abort(actx, ref)
 		return ocispec.Descriptor{}, err
 	}
+	st, err := w.Status()
+	if err != nil {
+		return abort(err)
+	}
 	d := digest.Canonical.Digester()
-	n, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(w, d.Hash())}, struct{ io.Reader }{r}, make([]byte, 128<<10))
+	if want != "" {
+		d = want.Algorithm().Digester()
+	}
+	to := io.MultiWriter(w, d.Hash())
+	if st.Offset > 0 {
+		// The ref is new, so the bytes are those of a blob that another
+		// namespace shares. The archive's must be the same.
+		to = d.Hash()
+	}
+	n, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{r}, make([]byte, 128<<10))
 	if err == nil && size >= 0 && n != size {
 		err = io.ErrUnexpectedEOF
 	}
@@ -266,6 +279,9 @@ func ingest(ctx context.Context, store content.Store, want digest.Digest, size i
 	}
 	if want == "" {
 		want = d.Digest()
+	}
+	if d.Digest() != want {
+		return abort(fmt.Errorf("the bytes are not those of %s: %w", want, errdefs.ErrFailedPrecondition))
 	}
 	if err := w.Commit(ctx, n, want, labels); err != nil && !errdefs.IsAlreadyExists(err) {
 		return abort(err)
