@@ -49,7 +49,7 @@ type call struct {
 	mu    sync.Mutex
 	open  []stream.Stream
 	bytes []stream.Stream // those of open that carry archives
-	ended error // why take gives no more
+	ended error           // why take gives no more
 }
 
 // take gets a stream, which the call then owns.
