@@ -80,7 +80,7 @@ func (a *api) register(s *grpc.Server) {
 	containersapi.RegisterContainersServer(s, containerrpc.NewServer(a.views))
 	contentapi.RegisterContentServer(s, contentrpc.NewServer(a.views))
 	diffapi.RegisterDiffServer(s, diffrpc.NewServer(a.views))
-	eventsapi.RegisterEventsServer(s, eventrpc.NewServer(a.bus))
+	eventsapi.RegisterEventsServer(s, eventrpc.NewServer(a.bus, a.manager))
 	imagesapi.RegisterImagesServer(s, imagerpc.NewServer(a.views))
 	introspectionapi.RegisterIntrospectionServer(s, introspectionrpc.NewServer(a.introspection()))
 	leasesapi.RegisterLeasesServer(s, leaserpc.NewServer(a.views))

@@ -10,8 +10,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
+	ttrpclog "github.com/containerd/log"
 	"github.com/spf13/cobra"
 
 	"github.com/gantryd/gantry/internal/daemon/config"
@@ -139,6 +141,8 @@ func serve(ctx context.Context, f *flags) error {
 	for _, w := range warnings {
 		log.Warn(w.String())
 	}
+	// The ttrpc module has a logger of its own, which would write to standard error.
+	ttrpclog.L.Logger.SetOutput(debugWriter{log.With("source", "ttrpc")})
 	dirs := lifecycle.Dirs{Root: cfg.Root, State: cfg.State, Temp: cfg.Temp}
 	if err := dirs.Prepare(); err != nil {
 		return err
@@ -188,4 +192,12 @@ func serve(ctx context.Context, f *flags) error {
 	}}
 	err = lifecycle.Run(ctx, log, ready, append(d.components, stopping)...)
 	return errors.Join(err, d.host.Close())
+}
+
+// debugWriter logs each line that is written to it.
+type debugWriter struct{ log *slog.Logger }
+
+func (w debugWriter) Write(p []byte) (int, error) {
+	w.log.Debug(strings.TrimSpace(string(p)))
+	return len(p), nil
 }

@@ -24,11 +24,15 @@ import (
 // Server answers for a bus (contract 1.3.13 to 1.3.15).
 type Server struct {
 	eventsapi.UnimplementedEventsServer
-	bus event.Bus
+	bus     event.Bus
+	forward event.Publisher
 }
 
-// NewServer makes a server.
-func NewServer(bus event.Bus) *Server { return &Server{bus: bus} }
+// NewServer makes a server. Events that are forwarded, which is what shims do,
+// go to forward; all else is the bus's.
+func NewServer(bus event.Bus, forward event.Publisher) *Server {
+	return &Server{bus: bus, forward: forward}
+}
 
 // Publish takes an event of the request's namespace.
 func (s *Server) Publish(ctx context.Context, r *eventsapi.PublishRequest) (*emptypb.Empty, error) {
@@ -49,7 +53,7 @@ func (s *Server) Forward(ctx context.Context, r *eventsapi.ForwardRequest) (*emp
 	if err != nil {
 		return nil, fmt.Errorf("forward: %w", err)
 	}
-	return &emptypb.Empty{}, s.bus.Publish(ctx, e)
+	return &emptypb.Empty{}, s.forward.Publish(ctx, e)
 }
 
 // Subscribe sends events of all namespaces until the client leaves.

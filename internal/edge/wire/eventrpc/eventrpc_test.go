@@ -17,7 +17,7 @@ import (
 )
 
 func serve(t *testing.T, bus event.Bus) *Client {
-	return NewClient(wiretest.Serve(t, func(s *grpc.Server) { eventsapi.RegisterEventsServer(s, NewServer(bus)) }))
+	return NewClient(wiretest.Serve(t, func(s *grpc.Server) { eventsapi.RegisterEventsServer(s, NewServer(bus, bus)) }))
 }
 
 func memoryBus(t *testing.T) event.Bus {
@@ -39,7 +39,8 @@ func TestBus(t *testing.T) {
 
 // contract: 1.2.1, 1.3.13, 13.8
 func TestAbsentFields(t *testing.T) {
-	conn := wiretest.Serve(t, func(s *grpc.Server) { eventsapi.RegisterEventsServer(s, NewServer(memoryBus(t))) })
+	bus := memoryBus(t)
+	conn := wiretest.Serve(t, func(s *grpc.Server) { eventsapi.RegisterEventsServer(s, NewServer(bus, bus)) })
 	api := eventsapi.NewEventsClient(conn)
 	ok := &anypb.Any{TypeUrl: "x.Y"}
 	for name, tc := range map[string]struct {
