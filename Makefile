@@ -12,7 +12,8 @@ PACKAGES ?= ./...
 .PHONY: all demo test bench lint install clean
 all: ## build gantryd, gantry and the shim into bin/
 	@scripts/deps build
-	$(GOBUILD) -o bin/ ./cmd/...
+	$(GOBUILD) -o bin/ ./cmd/gantryd ./cmd/containerd-shim-runc-v2
+	CGO_ENABLED=0 $(GOBUILD) -o bin/ ./cmd/gantry
 
 demo: all ## the main job in one command: pull from a registry, run, clean up
 	bin/gantry demo
@@ -35,6 +36,7 @@ install: all ## install into PREFIX (/usr/local), the shim into libexec
 	install -D -m 0755 bin/gantryd $(DESTDIR)$(PREFIX)/bin/gantryd
 	install -D -m 0755 bin/gantry $(DESTDIR)$(PREFIX)/bin/gantry
 	install -D -m 0755 bin/containerd-shim-runc-v2 $(DESTDIR)$(PREFIX)/libexec/gantry/containerd-shim-runc-v2
+	bin/gantry man $(DESTDIR)$(PREFIX)/share/man/man1
 	install -D -m 0644 docs/gantry.service $(DESTDIR)$(PREFIX)/lib/systemd/system/gantry.service
 
 clean: ## remove what was built

@@ -112,7 +112,11 @@ func (p *progress) update(e transfer.Progress) {
 		s.at = s.total
 	}
 	if changed && !p.tty && s.done {
-		fmt.Fprintf(p.out, "%s %s %s\n", shortName(e.Name), e.Event, size(s.total))
+		line := shortName(e.Name) + " " + e.Event
+		if s.total > 0 {
+			line += " " + size(s.total)
+		}
+		fmt.Fprintln(p.out, line)
 	}
 }
 

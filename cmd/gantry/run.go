@@ -142,8 +142,11 @@ func (c *createFlags) options(args []string, facts oci.HostFacts) ([]oci.Option,
 	if c.workdir != "" {
 		add(oci.WithCwd(c.workdir))
 	}
-	if c.hostname != "" {
+	switch {
+	case c.hostname != "":
 		add(oci.WithHostname(c.hostname))
+	case c.network != "host":
+		add(oci.WithHostname(c.name))
 	}
 	if c.memory != "" {
 		n, err := oci.ParseBytes(c.memory)
@@ -220,16 +223,16 @@ func (a *app) create(ctx context.Context, c *createFlags, args []string, keepLog
 	if err != nil {
 		return none, err
 	}
-	opts, err := c.options(args[1:], facts)
-	if err != nil {
-		return none, err
-	}
 	if c.name == "" {
 		if c.name, err = newID(); err != nil {
 			return none, err
 		}
 	}
 	if err := container.Check(container.ID(c.name)); err != nil {
+		return none, err
+	}
+	opts, err := c.options(args[1:], facts)
+	if err != nil {
 		return none, err
 	}
 	rt, err := a.runtime(c.runtime)
