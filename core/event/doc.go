@@ -78,6 +78,14 @@ type Publisher interface {
 	Publish(ctx context.Context, e Envelope) error
 }
 
+// Retainer is a Publisher that can also keep an event for a while, for
+// subscribers that come back after the daemon was away.
+type Retainer interface {
+	// PublishFor is Publish that hands e to the subscriptions as well that begin
+	// within d, before what they would get otherwise.
+	PublishFor(ctx context.Context, e Envelope, d time.Duration) error
+}
+
 // Subscription is one reader's queue of events, in the order of publishing.
 type Subscription interface {
 	// Next returns the next event, waiting until there is one. It returns

@@ -46,6 +46,8 @@ type entry struct {
 	deleted chan struct{} // closed when the deletion was published
 	gone    chan struct{} // closed when the task is out of the table
 	dropped time.Time     // when it was; guarded by Manager.mu
+	// recovered: the task is of an earlier life of the daemon.
+	recovered bool
 
 	// mu guards what follows and keeps events of this task in order: it is
 	// held while they are handed to the bus, which does not wait, and while
@@ -65,7 +67,7 @@ func newEntry(m *Manager, k key, p phase) *entry {
 		m: m, key: k, bundle: m.bundle(k), phase: p,
 		gate: make(chan struct{}, 1), ready: make(chan struct{}), exited: make(chan struct{}),
 		told: make(chan struct{}), deleted: make(chan struct{}), gone: make(chan struct{}),
-		notes: map[string]note{},
+		notes: map[string]note{}, recovered: p == phaseRecovering,
 	}
 }
 
@@ -188,7 +190,7 @@ func (t *entry) publish(ctx context.Context, e event.Envelope) error {
 		if err := t.publishExit(ctx, event.Envelope{Namespace: e.Namespace, Topic: event.TopicTaskExit, Event: x}, x); err != nil {
 			return err
 		}
-		if err := t.m.opt.Events.Publish(ctx, e); err != nil {
+		if err := t.hand(ctx, e); err != nil {
 			return err
 		}
 		close(t.deleted)
@@ -196,6 +198,21 @@ func (t *entry) publish(ctx context.Context, e event.Envelope) error {
 	}
 	return t.m.opt.Events.Publish(ctx, e)
 }
+
+// hand gives the end of a process to the bus. While the clients of a daemon
+// that was away are coming back, they are to hear of it as well.
+func (t *entry) hand(ctx context.Context, e event.Envelope) error {
+	if r, ok := t.m.opt.Events.(event.Retainer); ok && t.recovered {
+		if rest := returnTime - time.Since(t.m.started); rest > 0 {
+			return r.PublishFor(ctx, e, rest)
+		}
+	}
+	return t.m.opt.Events.Publish(ctx, e)
+}
+
+// returnTime is how long clients have after a start of the daemon to
+// subscribe again without missing how the processes ended that ran meanwhile.
+const returnTime = 10 * time.Second
 
 // publishExit publishes first and notes that it has afterwards: a daemon that
 // is killed in between tells the exit again after its next start, which does
@@ -208,7 +225,7 @@ func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskE
 	if n := t.notes[exec]; n.Delivered && (exec == "" || n.Pid == p.Pid) {
 		return nil
 	}
-	if err := t.m.opt.Events.Publish(ctx, e); err != nil {
+	if err := t.hand(ctx, e); err != nil {
 		return err
 	}
 	n := note{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt.UnixNano(), Delivered: true}

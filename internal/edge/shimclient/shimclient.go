@@ -99,14 +99,15 @@ func (k key) String() string { return string(k.ns) + "/" + string(k.id) }
 
 // Manager runs the tasks of all namespaces. It is safe for concurrent use.
 type Manager struct {
-	opt    Options
-	limit  Timeouts
-	log    *slog.Logger
-	state  string // of bundles
-	root   string // of work directories
-	ctx    context.Context
-	cancel context.CancelFunc
-	work   sync.WaitGroup // every goroutine that outlives a call
+	opt     Options
+	limit   Timeouts
+	log     *slog.Logger
+	state   string // of bundles
+	root    string // of work directories
+	started time.Time
+	ctx     context.Context
+	cancel  context.CancelFunc
+	work    sync.WaitGroup // every goroutine that outlives a call
 
 	mu     sync.Mutex // guards what follows; never held over I/O or a call
 	closed bool
@@ -129,7 +130,7 @@ func New(opt Options) (*Manager, error) {
 	m := &Manager{
 		opt: opt, limit: opt.Timeouts.defaults(), log: opt.Logger,
 		state: filepath.Join(opt.State, PluginID), root: filepath.Join(opt.Root, PluginID),
-		tasks: map[key]*entry{}, past: map[key]*entry{}, links: map[string]*link{}, old: map[binaryID]bool{},
+		started: time.Now(), tasks: map[key]*entry{}, past: map[key]*entry{}, links: map[string]*link{}, old: map[binaryID]bool{},
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	return m, nil

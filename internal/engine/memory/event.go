@@ -3,6 +3,7 @@ package memory
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,9 +16,16 @@ import (
 // Bus is an event.Bus. Every subscriber has a queue of its own without a
 // bound (contract 1.3.15), so that a slow one delays nobody.
 type Bus struct {
-	mu     sync.RWMutex // guards subs and closed; held for appending to queues only
+	mu     sync.RWMutex // guards what follows; held for appending to queues only
 	subs   map[*subscription]struct{}
+	kept   []kept
 	closed bool
+}
+
+// kept is an event for those who subscribe before a time.
+type kept struct {
+	event.Envelope
+	until time.Time
 }
 
 // NewBus makes a bus without subscribers.
@@ -33,12 +41,39 @@ func (b *Bus) Publish(ctx context.Context, e event.Envelope) error {
 	}
 	b.mu.RLock()
 	defer b.mu.RUnlock()
+	b.push(e)
+	return nil
+}
+
+// push hands e to all who listen. The caller holds mu.
+func (b *Bus) push(e event.Envelope) {
 	for s := range b.subs {
 		if s.filter.Match(e) {
 			s.push(e)
 		}
 	}
+}
+
+// PublishFor implements event.Retainer.
+func (b *Bus) PublishFor(ctx context.Context, e event.Envelope, d time.Duration) error {
+	if err := e.Check(); err != nil {
+		return err
+	}
+	now := time.Now()
+	if e.Timestamp.IsZero() {
+		e.Timestamp = now.UTC()
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.forget(now)
+	b.kept = append(b.kept, kept{e, now.Add(d)})
+	b.push(e)
 	return nil
+}
+
+// forget drops what was kept long enough. The caller holds mu.
+func (b *Bus) forget(now time.Time) {
+	b.kept = slices.DeleteFunc(b.kept, func(k kept) bool { return !now.Before(k.until) })
 }
 
 // Subscribe implements event.Bus.
@@ -52,6 +87,12 @@ func (b *Bus) Subscribe(ctx context.Context, filters ...string) (event.Subscript
 	defer b.mu.Unlock()
 	if b.closed {
 		return nil, fmt.Errorf("subscribe: the event bus is closed: %w", errdefs.ErrUnavailable)
+	}
+	b.forget(time.Now())
+	for _, k := range b.kept {
+		if f.Match(k.Envelope) {
+			s.push(k.Envelope)
+		}
 	}
 	b.subs[s] = struct{}{}
 	return s, nil
