@@ -178,11 +178,24 @@ func (d *daemon) end() {
 	for _, l := range d.outside() {
 		d.t.Errorf("left behind: %s", l)
 	}
+	d.canary(d.t)
+}
+
+// canary checks that what is beside the daemon's directories is as it was.
+func (d *daemon) canary(t testing.TB) {
+	t.Helper()
 	if b, err := os.ReadFile(d.dir + "/canary/alive"); err != nil || string(b) != "tweet" {
-		d.t.Errorf("the canary: %q, %v", b, err)
+		t.Errorf("the canary: %q, %v", b, err)
 	}
 	if e, err := os.ReadDir(d.dir + "/canary"); err != nil || len(e) != 1 {
-		d.t.Errorf("the canary's cage: %v, %v", e, err)
+		t.Errorf("the canary's cage: %v, %v", e, err)
+	}
+	var st syscall.Stat_t
+	if err := syscall.Stat(d.dir+"/canary/alive", &st); err != nil || st.Nlink != 1 || st.Mode&0o777 != 0o600 {
+		t.Errorf("the canary has %d links and mode %o: %v", st.Nlink, st.Mode, err)
+	}
+	if info, err := os.Stat(d.dir + "/canary"); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the canary's cage has mode %v: %v", info.Mode(), err)
 	}
 }
 

@@ -56,6 +56,7 @@ import (
 	"github.com/gantryd/gantry/internal/edge/wire/sandboxrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/snapshotrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/taskrpc"
+	"github.com/gantryd/gantry/test/testimage"
 )
 
 // served are the services of issue 2; of the rest of containerd's API the
@@ -82,7 +83,9 @@ func methods() []protoreflect.MethodDescriptor {
 		}
 		return true
 	})
-	slices.SortFunc(out, func(a, b protoreflect.MethodDescriptor) int { return strings.Compare(string(a.FullName()), string(b.FullName())) })
+	slices.SortFunc(out, func(a, b protoreflect.MethodDescriptor) int {
+		return strings.Compare(string(a.FullName()), string(b.FullName()))
+	})
 	return out
 }
 
@@ -160,6 +163,8 @@ var hello = digest.FromString("hello")
 // means, only its field's name is known.
 type filler struct {
 	dir string
+	// registry is the host of one that has nothing.
+	registry string
 	// target is the container that requests about tasks are for.
 	target string
 }
@@ -173,7 +178,7 @@ func (f filler) text(fd protoreflect.FieldDescriptor) string {
 	case "containerd.services.leases.v1.Resource.type":
 		return "content"
 	case "containerd.types.transfer.OCIRegistry.reference":
-		return "127.0.0.1:1/nobody/home:latest"
+		return f.registry + "/nobody/home:latest"
 	case "containerd.types.transfer.RegistryResolver.default_scheme":
 		return "http"
 	}
@@ -507,7 +512,7 @@ func TestWholeAPI(t *testing.T) {
 	d := start(t, "[plugins.'io.containerd.metadata.v1.bolt']\nno_sync = true")
 	conn := d.rawDial()
 	before := d.inventory()
-	f := filler{dir: d.dir, target: "nobody"}
+	f := filler{dir: d.dir, registry: testimage.Serve(t).Host(), target: "nobody"}
 	serves := map[string]bool{}
 	requests := 0
 	for _, m := range methods() {
@@ -611,7 +616,7 @@ func (f filler) transfers(t *testing.T) []proto.Message {
 		{typ(&transfertypes.ImageStore{}), typ(&transfertypes.ImageExportStream{})},
 		{typ(&transfertypes.ImageStore{}), typ(&transfertypes.OCIRegistry{})},
 		{typ(&transfertypes.ImageStore{}), typ(&transfertypes.ImageStore{})},
-		{f.pack(&transfertypes.OCIRegistry{Reference: "127.0.0.1:1/nobody/home:latest", Resolver: &transfertypes.RegistryResolver{HostDir: f.dir + "/nothing", DefaultScheme: "http", Headers: map[string]string{"x": "y"}}}), typ(&transfertypes.ImageStore{})},
+		{f.pack(&transfertypes.OCIRegistry{Reference: f.registry + "/nobody/home:latest", Resolver: &transfertypes.RegistryResolver{HostDir: f.dir + "/nothing", DefaultScheme: "http", Headers: map[string]string{"x": "y"}}}), typ(&transfertypes.ImageStore{})},
 	}
 	var out []proto.Message
 	for _, p := range pairs {
@@ -638,7 +643,7 @@ func TestTasksOfALiveContainer(t *testing.T) {
 	d.pullBusybox()
 	before := d.inventory()
 	conn := d.rawDial()
-	f := filler{dir: d.dir, target: "live"}
+	f := filler{dir: d.dir, registry: testimage.Serve(t).Host(), target: "live"}
 	var pid uint32
 	ensure := func() {
 		t.Helper()
@@ -774,9 +779,11 @@ func TestUnknownLease(t *testing.T) {
 			}
 			return err
 		},
-		"leases.AddResource": func() error { return d.leases().AddResource(ctx, gone, lease.Resource{ID: hello.String(), Type: "content"}) },
-		"leases.Delete":      func() error { return d.leases().Delete(ctx, gone, true) },
-		"leases.Resources":   func() error { _, err := d.leases().Resources(ctx, gone); return err },
+		"leases.AddResource": func() error {
+			return d.leases().AddResource(ctx, gone, lease.Resource{ID: hello.String(), Type: "content"})
+		},
+		"leases.Delete":    func() error { return d.leases().Delete(ctx, gone, true) },
+		"leases.Resources": func() error { _, err := d.leases().Resources(ctx, gone); return err },
 	} {
 		err := try()
 		if err == nil || !strings.Contains(err.Error(), "gone") || !strings.Contains(err.Error(), "not found") {
