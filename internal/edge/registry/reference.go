@@ -2,6 +2,8 @@ package registry
 
 import (
 	"fmt"
+	"strconv"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -26,6 +28,11 @@ func ParseReference(s string) (Reference, error) {
 	}
 	named = reference.TagNameOnly(named)
 	r := Reference{Host: reference.Domain(named), Repository: reference.Path(named)}
+	if _, port, ok := strings.Cut(r.Host[strings.LastIndex(r.Host, "]")+1:], ":"); ok {
+		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+			return Reference{}, fmt.Errorf("reference %q: port %s is none: %w", clip(s, 256), clip(port, 20), errdefs.ErrInvalidArgument)
+		}
+	}
 	if t, ok := named.(reference.Tagged); ok {
 		r.Tag = t.Tag()
 	}

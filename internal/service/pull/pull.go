@@ -301,6 +301,9 @@ func (j *job) unpacks() (map[*imageOf][]string, error) {
 				best = img
 			}
 		}
+		if best == nil && len(j.images) == 0 && len(j.others) > 0 {
+			return nil, fmt.Errorf("unpack %s: it is a %.100q, neither an image nor an index: %w", j.others[0].Digest, j.others[0].MediaType, errdefs.ErrInvalidArgument)
+		}
 		if best == nil {
 			var has []string
 			for _, img := range j.images {
