@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/grpc"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/gantryd/gantry/core/container"
@@ -435,5 +437,97 @@ func TestRecordedRoot(t *testing.T) {
 	mounts, err := st.Mounts(ctx, ctrs[0].SnapshotKey)
 	if err != nil || len(mounts) == 0 {
 		t.Errorf("the container's snapshot: %v, %v", mounts, err)
+	}
+}
+
+// contract: 2.2.1, 2.2.2, 2.2.3, 2.2.4, 2.2.5, 2.2.6, 2.2.7, 2.2.8, 2.2.9, 2.2.10, 2.2.15, 2.2.16, 2.2.18, 2.2.21, 2.2.22, 2.2.28, 2.1.2, 2.1.3, 13.11, 5.5.6
+func TestPlugins(t *testing.T) {
+	s := newServer(t, "")
+	s.start()
+	list, err := introspectionrpc.NewClient(s.dial()).Plugins(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]introspectionrpc.Plugin{}
+	for _, p := range list {
+		have[p.Type+"."+p.ID] = p
+		if p.InitErr != "" && !p.Skipped() {
+			t.Errorf("%s.%s has failed: %s", p.Type, p.ID, p.InitErr)
+		}
+	}
+	root := s.dir + "/root/"
+	for uri, exports := range map[string]map[string]string{
+		"io.containerd.content.v1.content":       {"root": root + "io.containerd.content.v1.content"},
+		"io.containerd.metadata.v1.bolt":         {"policy": "shared", "path": root + "io.containerd.metadata.v1.bolt/meta.db"},
+		"io.containerd.snapshotter.v1.overlayfs": {"root": root + "io.containerd.snapshotter.v1.overlayfs"},
+		"io.containerd.snapshotter.v1.native":    {"root": root + "io.containerd.snapshotter.v1.native"},
+		"io.containerd.differ.v1.walking":        nil,
+		"io.containerd.gc.v1.scheduler":          {"PauseThreshold": "0.02", "MutationThreshold": "100", "DeletionThreshold": "0", "ScheduleDelay": "0s"},
+		"io.containerd.lease.v1.manager":         nil,
+		"io.containerd.event.v1.exchange":        nil,
+		"io.containerd.runtime.v2.task":          {"log-uri-schemes": "fifo,binary,binary-v2,file"},
+		"io.containerd.shim.v1.manager":          nil,
+		"io.containerd.sandbox.store.v1.local":   nil,
+		"io.containerd.streaming.v1.manager":     nil,
+		"io.containerd.transfer.v1.local":        nil,
+		"io.containerd.warning.v1.deprecations":  nil,
+		"io.containerd.server.v1.grpc":           nil,
+		"io.containerd.server.v1.ttrpc":          nil,
+	} {
+		p, ok := have[uri]
+		if !ok {
+			t.Errorf("%s is not listed", uri)
+		}
+		for k, want := range exports {
+			if p.Exports[k] != want {
+				t.Errorf("%s exports %s=%q, want %q", uri, k, p.Exports[k], want)
+			}
+		}
+	}
+	for _, id := range []string{"containers", "content", "diff", "events", "healthcheck", "images", "introspection", "leases", "namespaces", "sandboxes", "snapshots", "streaming", "tasks", "transfer", "version"} {
+		if _, ok := have["io.containerd.grpc.v1."+id]; !ok {
+			t.Errorf("io.containerd.grpc.v1.%s is not listed", id)
+		}
+	}
+	for _, id := range []string{"containers", "content", "diff", "images", "introspection", "namespaces", "snapshots", "tasks"} {
+		if _, ok := have["io.containerd.service.v1."+id+"-service"]; !ok {
+			t.Errorf("io.containerd.service.v1.%s-service is not listed", id)
+		}
+	}
+	caps := have["io.containerd.snapshotter.v1.overlayfs"].Capabilities
+	if !slices.Contains(caps, "rebase") {
+		t.Errorf("overlayfs has the capabilities %v, want rebase among them", caps)
+	}
+	for _, uri := range []string{"io.containerd.runtime.v2.task", "io.containerd.snapshotter.v1.overlayfs"} {
+		if p := have[uri].Platforms; len(p) != 1 || p[0].OS != "linux" {
+			t.Errorf("%s has the platforms %v", uri, p)
+		}
+	}
+}
+
+// The file that dockerd writes for a containerd of its own.
+//
+// contract: 8.2.6, 13.12, 2.3.1, 2.3.7, 13.43
+func TestManagedByDockerd(t *testing.T) {
+	s := newServer(t, "")
+	config := fmt.Sprintf("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\nimports = []\noom_score = 0\nroot = %q\nstate = %q\ntemp = \"\"\nversion = 2\n\n[cgroup]\n  path = \"\"\n\n"+
+		"[debug]\n  address = %q\n  format = \"\"\n  gid = 0\n  level = \"\"\n  uid = 0\n\n[grpc]\n  address = %q\n  gid = 0\n  max_recv_message_size = 16777216\n  max_send_message_size = 16777216\n  uid = 0\n\n[plugins]\n",
+		s.dir+"/root", s.dir+"/state", s.dir+"/debug.sock", s.sock)
+	if err := os.WriteFile(s.dir+"/config.toml", []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	conn := s.dial()
+	if _, err := introspectionrpc.NewClient(conn).Server(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if r, err := healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{}); err != nil || r.Status != healthpb.HealthCheckResponse_SERVING {
+		t.Errorf("health: %v, %v", r, err)
+	}
+	if _, err := os.Stat(s.sock + ".ttrpc"); err != nil {
+		t.Errorf("the ttrpc address is not derived from a file of version 2: %v", err)
+	}
+	if err := s.stop(); err != nil {
+		t.Errorf("exit: %v", err)
 	}
 }

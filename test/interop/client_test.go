@@ -16,6 +16,7 @@ import (
 	v2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	apievents "github.com/containerd/containerd/api/events"
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -29,6 +30,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -133,7 +136,7 @@ func TestClientBasics(t *testing.T) {
 	}
 }
 
-// contract: 4.1.6, 4.2.1, 6.4.1, 1.3.16, 1.2.8
+// contract: 4.1.6, 4.2.1, 4.2.3, 6.4.1, 1.3.16, 1.2.8
 func TestClientPull(t *testing.T) {
 	_, made, ref := served(t)
 	d := newGantry(t)
@@ -157,6 +160,15 @@ func TestClientPull(t *testing.T) {
 	}
 	if found, err := c.ListImages(ctx, "name==other"); err != nil || len(found) != 0 {
 		t.Errorf("images of another name: %v, %v", found, err)
+	}
+	if diffs, err := img.RootFS(ctx); err != nil || !slices.Equal(diffs, made.DiffIDs) {
+		t.Errorf("root file system: %v, %v", diffs, err)
+	}
+	if spec, err := img.Spec(ctx); err != nil || spec.Config.WorkingDir != "/data" {
+		t.Errorf("config: %+v, %v", spec, err)
+	}
+	if usage, err := img.Usage(ctx, containerd.WithSnapshotUsage()); err != nil || usage < 1<<20 {
+		t.Errorf("usage: %d, %v", usage, err)
 	}
 	committed := 0
 	if err := c.SnapshotService("overlayfs").Walk(ctx, func(ctx context.Context, i snapshots.Info) error {
@@ -468,5 +480,61 @@ func TestClientArchives(t *testing.T) {
 	}
 	if !bytes.Contains(manifest, []byte(made.Target.Digest)) {
 		t.Errorf("imported %s, want %s in it", manifest, made.Target.Digest)
+	}
+}
+
+// What BuildKit asks of the daemon: an identity that stays, the platforms of
+// the runtime, flat leases, and a synchronous delete of a lease to collect.
+//
+// contract: 13.33, 1.5.9, 14.4, 1.3.21
+func TestBuildKitWays(t *testing.T) {
+	d := newGantry(t)
+	d.start()
+	c := d.connect()
+	ctx := testContext(t)
+	first, err := c.Server(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugins, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.runtime.v2")
+	if err != nil || len(plugins.Plugins) != 1 || len(plugins.Plugins[0].Platforms) == 0 {
+		t.Errorf("runtime: %v, %v", plugins, err)
+	}
+	// A flat lease keeps a blob, but not what the blob's labels refer to.
+	lm := c.LeasesService()
+	flat, err := lm.Create(ctx, leases.WithRandomID(), leases.WithLabel("containerd.io/gc.flat", "true"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(ctx context.Context, body string, labels map[string]string) digest.Digest {
+		t.Helper()
+		dgst := digest.FromString(body)
+		if err := content.WriteBlob(ctx, c.ContentStore(), body, strings.NewReader(body), ocispec.Descriptor{Digest: dgst, Size: int64(len(body))}, content.WithLabels(labels)); err != nil {
+			t.Fatal(err)
+		}
+		return dgst
+	}
+	other, err := lm.Create(ctx, leases.WithRandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := write(leases.WithLease(ctx, other.ID), "child", nil)
+	parent := write(leases.WithLease(ctx, flat.ID), "parent", map[string]string{"containerd.io/gc.ref.content.0": child.String()})
+	if err := lm.Delete(ctx, other, leases.SynchronousDelete); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ContentStore().Info(ctx, parent); err != nil {
+		t.Errorf("the blob of a flat lease: %v", err)
+	}
+	if _, err := c.ContentStore().Info(ctx, child); !errdefs.IsNotFound(err) {
+		t.Errorf("what only its label refers to: %v", err)
+	}
+	if err := lm.Delete(ctx, flat, leases.SynchronousDelete); err != nil {
+		t.Fatal(err)
+	}
+	d.stop()
+	d.start()
+	if again, err := c.Server(ctx); err != nil || again.UUID != first.UUID {
+		t.Errorf("after a restart the uuid is %v, %v; it was %v", again, err, first)
 	}
 }

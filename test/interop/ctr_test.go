@@ -45,7 +45,7 @@ func (c ctr) has(out string, wants ...string) {
 	}
 }
 
-// contract: 14.5, 8.1.1, 8.1.4, 8.1.3, 8.1.5, 8.1.6, 8.1.7, 8.1.8, 8.1.9, 8.1.10, 13.36
+// contract: 14.5, 8.1.1, 8.1.2, 8.1.4, 8.1.3, 8.1.5, 8.1.6, 8.1.7, 8.1.8, 8.1.9, 8.1.10, 13.36
 func TestCtr(t *testing.T) {
 	_, made, ref := served(t)
 	d := newGantry(t)
@@ -79,6 +79,9 @@ func TestCtr(t *testing.T) {
 
 	c.run("run", "-d", ref, "two", "/bin/sleep", "600")
 	c.has(c.run("containers", "ls"), "two", ref, "io.containerd.runc.v2")
+	c.has(c.run("containers", "info", "two"), `"ID": "two"`, "io.containerd.runc.v2", "/bin/sleep")
+	c.has(c.run("containers", "label", "two", "k=v"), "k=v")
+	c.has(c.run("containers", "ls", "labels.k==v"), "two")
 	c.has(c.run("tasks", "ls"), "two", "RUNNING")
 	if out := c.run("tasks", "exec", "--exec-id", "x", "two", "/bin/echo", "executed"); out != "executed\n" {
 		t.Errorf("exec printed %q", out)
