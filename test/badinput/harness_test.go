@@ -435,3 +435,6 @@ func refused(t testing.TB, err error, words []string, classes ...error) {
 		t.Errorf("the error is %d bytes long: %.300s", len(err.Error()), err)
 	}
 }
+
+// outgoing is timeout with the namespace's header.
+func (d *daemon) outgoing() context.Context { return wire.Outgoing(d.timeout(), ns, "") }

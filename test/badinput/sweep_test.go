@@ -491,7 +491,7 @@ func (d *daemon) seed(id namespace.ID) {
 	check(err)
 	_, err = snapshotrpc.NewClient(d.conn, id, "", "overlayfs").Prepare(ctx, "x", "", nil)
 	check(err)
-	_, err = containerrpc.NewClient(d.conn, id, "").Create(ctx, container.Container{ID: "x", Runtime: container.Runtime{Name: runc}})
+	_, err = containerrpc.NewClient(d.conn, id, "").Create(ctx, container.Container{ID: "x", Runtime: container.Runtime{Name: runc}, Snapshotter: "overlayfs", SnapshotKey: "x"})
 	check(err)
 	_, err = sandboxrpc.NewClient(d.conn, id, "").Create(ctx, sandbox.Sandbox{ID: "x"})
 	check(err)
