@@ -153,7 +153,7 @@ func testBadEnvelope(t *testing.T, b event.Bus) {
 func testSlow(t *testing.T, b event.Bus) {
 	subscribe(t, b) // never read
 	quick := subscribe(t, b)
-	const n = 5000
+	const n = 2000
 	for i := range n {
 		publish(t, b, event.Envelope{Namespace: "ns", Topic: "/tasks/start", Event: event.TaskStart{ContainerID: "c", Pid: uint32(i + 1)}})
 	}
