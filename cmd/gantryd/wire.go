@@ -114,7 +114,7 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 		env.Export("path", path)
 		env.Export("policy", c.SharingPolicy)
 		return boltmeta.Open(path, boltmeta.Options{Content: blobs, Snapshotters: snapshotters, Events: bus, SharingPolicy: c.SharingPolicy,
-			NoSync: c.NoSync, OpenTimeout: boltTimeout(cfg), Logger: env.Log})
+			NoSync: c.NoSync, OpenTimeout: boltTimeout(cfg), Faults: faults, Logger: env.Log})
 	})
 	meta.Requires = []string{typeContent, typeEvent, typeSnapshotter}
 	db, err := plugin.Open(ctx, host, meta)
@@ -181,7 +181,7 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 		}
 		return shimclient.New(shimclient.Options{State: cfg.State, Root: cfg.Root, Records: records, Events: bus,
 			TTRPCAddress: cfg.TTRPCAddress(), GRPCAddress: cfg.Address(), SelfPath: self, SocketDir: c.SocketDir, Version: version, Env: c.Env,
-			ShimDirs: shimDirs(self, libexec), Debug: cfg.Debug.Level == "debug" || cfg.Debug.Level == "trace", Timeouts: shimTimeouts(cfg), Logger: env.Log})
+			ShimDirs: shimDirs(self, libexec), Debug: cfg.Debug.Level == "debug" || cfg.Debug.Level == "trace", Timeouts: shimTimeouts(cfg), Faults: faults, Logger: env.Log})
 	})
 	shims.Requires = []string{typeEvent, typeMetadata}
 	// The servers stop before it is closed, see components.

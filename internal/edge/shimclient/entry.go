@@ -228,6 +228,7 @@ func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskE
 	if err := t.hand(ctx, e); err != nil {
 		return err
 	}
+	t.m.opt.Faults.Pass("task.exit-published")
 	n := note{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt.UnixNano(), Delivered: true}
 	t.notes[exec] = n
 	if exec == "" {
@@ -349,6 +350,7 @@ func (t *entry) buryLocked(ctx context.Context) {
 func (t *entry) finish(ctx context.Context) {
 	x := t.getExit()
 	t.publishOwn(ctx, event.TopicTaskDelete, event.TaskDelete{ContainerID: x.ID, Pid: x.Pid, ExitStatus: x.Status, ExitedAt: x.At})
+	t.m.opt.Faults.Pass("task.told")
 	t.clear(ctx, true)
 }
 
@@ -363,6 +365,7 @@ func (t *entry) clear(ctx context.Context, remember bool) {
 			l.stop(ctx, t.key)
 		}
 	}
+	t.m.opt.Faults.Pass("task.stopped")
 	if err := t.bundle.remove(); err != nil {
 		// What is left is renamed or is found at the next start.
 		t.m.log.Error("remove bundle", "namespace", t.key.ns, "id", t.key.id, "error", err)

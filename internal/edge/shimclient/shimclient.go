@@ -22,6 +22,7 @@ import (
 	"github.com/gantryd/gantry/core/namespace"
 	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/lib/fault"
 )
 
 // PluginID is the directory below state and root that bundles and work
@@ -86,7 +87,11 @@ type Options struct {
 	// Debug starts shims with -debug.
 	Debug    bool
 	Timeouts Timeouts
-	Logger   *slog.Logger
+	// Faults are the points of a test of crashes: task.bundled, .shim-started,
+	// .shim-recorded, .created, .acknowledged, .started, .exec-added,
+	// .exit-published, .deleted, .told and .stopped; nil for none.
+	Faults *fault.Points
+	Logger *slog.Logger
 }
 
 // key names a container on the whole host.

@@ -146,6 +146,7 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 	if err != nil {
 		return 0, err
 	}
+	m.opt.Faults.Pass("task.bundled")
 	if c.SandboxID != "" {
 		if err := t.bundle.write(fileSandbox, []byte(c.SandboxID)); err != nil {
 			return 0, err
@@ -195,9 +196,11 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 	case <-ctx.Done():
 		return 0, fmt.Errorf("no answer from %s after %s, and the caller's own time is up: %w", l.describe(), since(began), ctx.Err())
 	}
+	m.opt.Faults.Pass("task.created")
 	if err := os.Remove(t.bundle.file(fileCreating)); err != nil {
 		return 0, err
 	}
+	m.opt.Faults.Pass("task.acknowledged")
 	back.Keep()
 	t.mu.Lock()
 	t.pid = r.Pid
@@ -241,6 +244,7 @@ func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOpt
 		if err != nil {
 			return nil, err
 		}
+		m.opt.Faults.Pass("task.shim-started")
 		l, err := m.join(ctx, e, t, false, time.Second)
 		if err != nil {
 			if attempt == 0 && nobodyListens(err) && ctx.Err() == nil {
@@ -254,6 +258,7 @@ func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOpt
 			stray = true
 			return nil, err
 		}
+		m.opt.Faults.Pass("task.shim-recorded")
 		l.mu.Lock()
 		if l.logs == nil && !l.isOver {
 			l.logs, kept = logs, true
@@ -411,6 +416,7 @@ func (s *store) Start(ctx context.Context, id container.ID, exec task.ExecID) (u
 	if err := t.call(ctx, "Start", s.callBound(), &taskapi.StartRequest{ID: string(id), ExecID: string(exec)}, &r); err != nil {
 		return 0, err
 	}
+	s.m.opt.Faults.Pass("task.started")
 	return r.Pid, nil
 }
 
@@ -429,6 +435,7 @@ func (s *store) Delete(ctx context.Context, id container.ID) (task.Exit, error) 
 	}
 	var r taskapi.DeleteResponse
 	err = t.call(ctx, "Delete", s.callBound(), &taskapi.DeleteRequest{ID: string(id)}, &r)
+	s.m.opt.Faults.Pass("task.deleted")
 	switch {
 	case err == nil:
 		t.setExit(task.Exit{Pid: r.Pid, Status: r.ExitStatus, At: wire.TimeFromProto(r.ExitedAt)})
@@ -622,6 +629,7 @@ func (s *store) Exec(ctx context.Context, id container.ID, exec task.ExecID, opt
 		Stdin: opts.IO.Stdin, Stdout: opts.IO.Stdout, Stderr: opts.IO.Stderr, Spec: wire.AnyToProto(opts.Spec),
 	}, empty())
 	if err == nil {
+		s.m.opt.Faults.Pass("task.exec-added")
 		return nil
 	}
 	if !known && !errdefs.IsAlreadyExists(err) && !errdefs.IsDeadlineExceeded(err) {

@@ -28,6 +28,7 @@ import (
 	"github.com/gantryd/gantry/core/event"
 	"github.com/gantryd/gantry/core/namespace"
 	"github.com/gantryd/gantry/core/snapshot"
+	"github.com/gantryd/gantry/internal/lib/fault"
 )
 
 // Sharing policies (contract 4.1.7).
@@ -52,6 +53,9 @@ type Options struct {
 	OpenTimeout time.Duration
 	// Logger is told of waits and of leftovers; nil for nobody.
 	Logger *slog.Logger
+	// Faults are the points of a test of crashes: meta.commit before each
+	// transaction is written, meta.committed after it; nil for none.
+	Faults *fault.Points
 	// Clock is time.Now unless a test needs another.
 	Clock func() time.Time
 }

@@ -188,9 +188,11 @@ func (db *DB) attempt(batch []*call) (bad int, err error) {
 	if !changed {
 		return -1, nil
 	}
+	db.o.Faults.Pass("meta.commit")
 	if err := tx.Commit(); err != nil {
 		return -1, db.failure(fmt.Errorf("commit: %w", err))
 	}
+	db.o.Faults.Pass("meta.committed")
 	return -1, nil
 }
 
