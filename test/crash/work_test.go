@@ -252,16 +252,18 @@ func (b *bench) ingest() *work {
 				return err
 			}
 			// It was acknowledged: it is there, whole, as long as the lease is.
-			r, err := v.Content().Open(ctx, want)
-			if err != nil {
-				return fmt.Errorf("acknowledged blob: %w", err)
-			}
-			defer r.Close()
-			got := make([]byte, len(body))
-			if _, err := r.ReadAt(got, 0); err != nil && r.Size() != int64(len(body)) || !bytes.Equal(got, body) {
-				return fmt.Errorf("acknowledged blob differs: %v", err)
-			}
-			return nil
+			return j.step("read", func() error {
+				r, err := v.Content().Open(ctx, want)
+				if err != nil {
+					return fmt.Errorf("acknowledged blob: %w", err)
+				}
+				defer r.Close()
+				got := make([]byte, len(body))
+				if _, err := r.ReadAt(got, 0); err != nil && r.Size() != int64(len(body)) || !bytes.Equal(got, body) {
+					return fmt.Errorf("acknowledged blob differs: %v", err)
+				}
+				return nil
+			})
 		})
 	}}
 }
@@ -364,7 +366,9 @@ func (b *bench) runs() *work {
 			if err == nil && x.Status != code {
 				return fmt.Errorf("exit status %d, want %d", x.Status, code)
 			}
-			w.exits[process{string(id), string(id), pid}] = x
+			if err == nil {
+				w.exits[process{string(id), string(id), pid}] = x
+			}
 			return err
 		}); err != nil {
 			return err
@@ -410,7 +414,9 @@ func (b *bench) execs(in container.ID) *work {
 			if err == nil && (x.Status != code || p.ExitStatus != code || p.Status != task.StatusStopped) {
 				return fmt.Errorf("exit status %d, state %v, want status %d", x.Status, p, code)
 			}
-			w.exits[process{string(in), string(exec), p.Pid}] = x
+			if err == nil {
+				w.exits[process{string(in), string(exec), p.Pid}] = x
+			}
 			return err
 		}); err != nil {
 			return err
@@ -465,7 +471,9 @@ func (b *bench) deletes() (*work, error) {
 			if err == nil && x.Status != 137 {
 				return fmt.Errorf("exit status %d, want 137", x.Status)
 			}
-			w.exits[process{string(id), string(id), pid}] = x
+			if err == nil {
+				w.exits[process{string(id), string(id), pid}] = x
+			}
 			return err
 		}); err != nil {
 			return err
