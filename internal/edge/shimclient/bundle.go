@@ -274,6 +274,7 @@ type note struct {
 	Status    uint32 `json:"status"`
 	At        int64  `json:"at"` // nanoseconds since 1970
 	Delivered bool   `json:"delivered"`
+	heard     bool   // the shim has told it, and will not again
 }
 
 func noteName(exec string) string {

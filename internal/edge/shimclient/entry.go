@@ -59,6 +59,7 @@ type entry struct {
 	exit      task.Exit
 	announced bool // its creation was published
 	notes     map[string]note
+	removed   map[string]bool // execs that are deleted and whose exit the shim has still to tell
 	readyOnce sync.Once
 }
 
@@ -67,7 +68,7 @@ func newEntry(m *Manager, k key, p phase) *entry {
 		m: m, key: k, bundle: m.bundle(k), phase: p,
 		gate: make(chan struct{}, 1), ready: make(chan struct{}), exited: make(chan struct{}),
 		told: make(chan struct{}), deleted: make(chan struct{}), gone: make(chan struct{}),
-		notes: map[string]note{}, recovered: p == phaseRecovering,
+		notes: map[string]note{}, removed: map[string]bool{}, recovered: p == phaseRecovering,
 	}
 }
 
@@ -171,14 +172,15 @@ func (t *entry) getExit() task.Exit {
 // sees each once and in order, whether they come from the shim, from a shim
 // that repeats what it does not know to have arrived, or from the daemon in a
 // dead shim's place (contract 1.6.8, 13.17, 13.18).
-func (t *entry) publish(ctx context.Context, e event.Envelope) error {
+// heard says that it comes from the shim, which will not repeat it.
+func (t *entry) publish(ctx context.Context, e event.Envelope, heard bool) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch p := e.Event.(type) {
 	case event.TaskCreate:
 		t.announced = true
 	case event.TaskExit:
-		return t.publishExit(ctx, e, p)
+		return t.publishExit(ctx, e, p, heard)
 	case event.TaskDelete:
 		if p.ID != "" && p.ID != string(t.key.id) {
 			break // an exec's
@@ -187,7 +189,7 @@ func (t *entry) publish(ctx context.Context, e event.Envelope) error {
 			return nil
 		}
 		x := event.TaskExit{ContainerID: p.ContainerID, ID: p.ContainerID, Pid: p.Pid, ExitStatus: p.ExitStatus, ExitedAt: p.ExitedAt}
-		if err := t.publishExit(ctx, event.Envelope{Namespace: e.Namespace, Topic: event.TopicTaskExit, Event: x}, x); err != nil {
+		if err := t.publishExit(ctx, event.Envelope{Namespace: e.Namespace, Topic: event.TopicTaskExit, Event: x}, x, false); err != nil {
 			return err
 		}
 		if err := t.hand(ctx, e); err != nil {
@@ -217,25 +219,34 @@ const returnTime = 10 * time.Second
 // publishExit publishes first and notes that it has afterwards: a daemon that
 // is killed in between tells the exit again after its next start, which does
 // less harm than never having told it.
-func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskExit) error {
+func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskExit, heard bool) error {
 	exec := p.ID
 	if exec == string(t.key.id) {
 		exec = ""
 	}
 	if n := t.notes[exec]; n.Delivered && (exec == "" || n.Pid == p.Pid) {
+		if heard && !n.heard {
+			n.heard = true
+			t.notes[exec] = n
+			if t.removed[exec] {
+				t.forgetLocked(exec)
+			}
+		}
 		return nil
 	}
 	if err := t.hand(ctx, e); err != nil {
 		return err
 	}
 	t.m.opt.Faults.Pass("task.exit-published")
-	n := note{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt.UnixNano(), Delivered: true}
+	n := note{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt.UnixNano(), Delivered: true, heard: heard}
 	t.notes[exec] = n
 	if exec == "" {
 		t.setExitLocked(task.Exit{Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
 		close(t.told)
 	}
-	if err := t.bundle.remember(exec, n); err != nil {
+	if heard && t.removed[exec] {
+		t.forgetLocked(exec)
+	} else if err := t.bundle.remember(exec, n); err != nil {
 		// The bundle is going away, or the disk is full: after a restart the
 		// exit would be told again.
 		t.m.log.Debug("note delivered exit", "namespace", t.key.ns, "id", t.key.id, "exec", exec, "error", err)
@@ -249,7 +260,28 @@ func (t *entry) publishExit(ctx context.Context, e event.Envelope, p event.TaskE
 func (t *entry) expectExec(exec string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	delete(t.removed, exec)
 	return t.bundle.remember(exec, note{})
+}
+
+// forgetExec drops what is remembered of a deleted exec's exit. If the shim has
+// still to tell of it, to this daemon or to the next, it is needed until then.
+func (t *entry) forgetExec(exec string, started bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if started && !t.notes[exec].heard {
+		t.removed[exec] = true
+		return
+	}
+	t.forgetLocked(exec)
+}
+
+func (t *entry) forgetLocked(exec string) {
+	delete(t.notes, exec)
+	delete(t.removed, exec)
+	if err := t.bundle.forget(exec); err != nil {
+		t.m.log.Debug("forget exec", "namespace", t.key.ns, "id", t.key.id, "exec", exec, "error", err)
+	}
 }
 
 // tell publishes the exit of the first process in the shim's place.
@@ -260,7 +292,7 @@ func (t *entry) tell(ctx context.Context) {
 }
 
 func (t *entry) publishOwn(ctx context.Context, topic string, p event.Payload) {
-	err := t.publish(ctx, event.Envelope{Timestamp: time.Now().UTC(), Namespace: t.key.ns, Topic: topic, Event: p})
+	err := t.publish(ctx, event.Envelope{Timestamp: time.Now().UTC(), Namespace: t.key.ns, Topic: topic, Event: p}, false)
 	if err != nil {
 		t.m.log.Error("publish event", "topic", topic, "namespace", t.key.ns, "id", t.key.id, "error", err)
 	}
@@ -396,7 +428,7 @@ func (m *Manager) Publish(ctx context.Context, e event.Envelope) error {
 	if err := t.await(ctx, m.limit.Load); err != nil && ctx.Err() != nil {
 		return err
 	}
-	return t.publish(ctx, e)
+	return t.publish(ctx, e, true)
 }
 
 func empty() *emptypb.Empty { return &emptypb.Empty{} }

@@ -487,9 +487,7 @@ func (s *store) DeleteExec(ctx context.Context, id container.ID, exec task.ExecI
 	if err != nil {
 		return task.Exit{}, s.refused(ctx, t, exec, err, task.StatusRunning)
 	}
-	if err := t.bundle.forget(string(exec)); err != nil {
-		s.m.log.Debug("forget exec", "namespace", s.ns, "id", id, "exec", exec, "error", err)
-	}
+	t.forgetExec(string(exec), r.Pid != 0)
 	return task.Exit{ID: string(exec), Pid: r.Pid, Status: r.ExitStatus, At: wire.TimeFromProto(r.ExitedAt)}, nil
 }
 
