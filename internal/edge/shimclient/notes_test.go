@@ -1,0 +1,109 @@
+package shimclient
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/gantryd/gantry/core/event"
+	"github.com/gantryd/gantry/core/lease"
+	"github.com/gantryd/gantry/core/namespace"
+	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/engine/memory"
+)
+
+// TestExecTold walks an exec's exit through all orders in which the recovery,
+// the shim and the exec's deletion can come: it is told once, and in the end
+// nothing is remembered of it.
+//
+// promise: P11, P19
+func TestExecTold(t *testing.T) {
+	for name, steps := range map[string][]string{
+		"the usual order":                      {"shim", "delete"},
+		"deleted before the shim is heard":     {"delete", "shim"},
+		"told by the recovery":                 {"recovery", "shim", "delete"},
+		"deleted after the recovery":           {"recovery", "delete", "shim"},
+		"a shim that repeats":                  {"shim", "shim", "delete"},
+		"killed after the recovery told":       {"recovery", "delete", "restart", "shim"},
+		"killed before the deletion":           {"recovery", "restart", "delete", "shim"},
+		"deleted, and made again by that name": {"recovery", "delete", "again", "shim", "shim of the second", "delete second"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bus := memory.NewBus()
+			sub, err := bus.Subscribe(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			m, err := New(Options{State: t.TempDir(), Root: t.TempDir(), Records: noRecords{}, Events: bus})
+			if err != nil {
+				t.Fatal(err)
+			}
+			k := key{"ns", "c"}
+			if err := os.MkdirAll(m.bundle(k).path, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			e := newEntry(m, k, phaseLive)
+			if err := e.expectExec("x"); err != nil {
+				t.Fatal(err)
+			}
+			exit := func(pid uint32) event.Envelope {
+				return event.Envelope{Namespace: "ns", Topic: event.TopicTaskExit, Event: event.TaskExit{ContainerID: "c", ID: "x", Pid: pid, ExitStatus: 3}}
+			}
+			want := 1
+			for _, s := range steps {
+				var err error
+				switch s {
+				case "shim":
+					err = e.publish(t.Context(), exit(10), true)
+				case "recovery":
+					err = e.publish(t.Context(), exit(10), false)
+				case "delete", "delete second":
+					e.forgetExec("x", true)
+				case "restart":
+					e = newEntry(m, k, phaseRecovering)
+					e.notes = e.bundle.recall()
+				case "again":
+					want = 2
+					err = e.expectExec("x")
+				case "shim of the second":
+					err = e.publish(t.Context(), exit(11), true)
+				}
+				if err != nil {
+					t.Fatalf("%s: %v", s, err)
+				}
+			}
+			end := time.Now().Add(time.Second)
+			if err := bus.Publish(t.Context(), event.Envelope{Namespace: "ns", Topic: "/end", Event: event.TaskOOM{ContainerID: "c"}}); err != nil {
+				t.Fatal(err)
+			}
+			got := 0
+			for {
+				e, err := sub.Next(t.Context())
+				if err != nil || time.Now().After(end) {
+					t.Fatal(err)
+				}
+				if e.Topic == "/end" {
+					break
+				}
+				got++
+			}
+			if got != want {
+				t.Errorf("told %d times, want %d", got, want)
+			}
+			restarted := name == "killed after the recovery told" // nobody knows that it was deleted: until the bundle goes
+			if len(e.notes) != 0 && !restarted || len(e.removed) != 0 {
+				t.Errorf("remembered: %v %v", e.notes, e.removed)
+			}
+			if e.bundle.has(noteName("x")) && !restarted {
+				t.Error("the note is still there")
+			}
+		})
+	}
+}
+
+// noRecords is a store that nobody asks.
+type noRecords struct{}
+
+func (noRecords) In(namespace.ID, lease.ID) (view.Records, error) { return nil, errdefs.ErrUnavailable }
