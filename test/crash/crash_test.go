@@ -129,7 +129,7 @@ func TestKill(t *testing.T) {
 		t.Logf("%2d: killed %v into %s (%v); a container ends: %q", i, at, kind, first, when)
 		if when == "down" {
 			syscall.Kill(int(victim.pid), syscall.SIGTERM)
-			d.eventually("the container has ended", func() bool { return !alive(victim.pid) })
+			d.eventually(fmt.Sprintf("%v has ended", victim), func() bool { return !alive(victim.pid) }, func() string { return describe(victim.pid) })
 		}
 		for _, r := range residents {
 			if !alive(r.pid) && (r != victim || when == "") {

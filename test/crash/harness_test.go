@@ -507,11 +507,15 @@ func (r *recorder) once(kills []time.Time) {
 	}
 }
 
-// eventually waits for a condition, at most 10 s.
-func (d *daemon) eventually(what string, ok func() bool) {
+// eventually waits for a condition, at most 10 s. why says more if it does not
+// come.
+func (d *daemon) eventually(what string, ok func() bool, why ...func() string) {
 	d.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
+			for _, f := range why {
+				what += "\n" + f()
+			}
 			d.t.Fatalf("10 s have passed and still not: %s", what)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -529,4 +530,21 @@ func alive(pid uint32) bool {
 	}
 	_, rest, _ := strings.Cut(string(b), ") ")
 	return !strings.HasPrefix(rest, "Z")
+}
+
+// describe says what the processes in the pid namespace of one do.
+func describe(pid uint32) string {
+	space, _ := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", pid))
+	var out strings.Builder
+	all, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range all {
+		if s, err := os.Readlink(p + "/ns/pid"); filepath.Base(p) != strconv.Itoa(int(pid)) && (err != nil || s != space) {
+			continue
+		}
+		for _, f := range []string{"stat", "wchan", "stack", "status"} {
+			b, _ := os.ReadFile(p + "/" + f)
+			fmt.Fprintf(&out, "%s/%s: %s\n", p, f, b)
+		}
+	}
+	return out.String()
 }
