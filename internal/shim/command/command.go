@@ -253,11 +253,8 @@ func accept(l *net.UnixListener) result {
 
 func (r *runtime) Create(ctx context.Context, req driver.Create) (driver.Container, driver.Started, error) {
 	p := req.Spec.Process
-	switch {
-	case p == nil:
-		return nil, driver.Started{}, fmt.Errorf("process: there is none in the spec: %w", errdefs.ErrInvalidArgument)
-	case len(p.Args) == 0:
-		return nil, driver.Started{}, fmt.Errorf("process: it has no arguments: %w", errdefs.ErrInvalidArgument)
+	if err := driver.CheckProcess(p); err != nil {
+		return nil, driver.Started{}, err
 	}
 	c := &container{r: r, id: req.ID, bundle: req.Bundle}
 	what := call{args: []string{"create", "--bundle", req.Bundle}, logDir: req.Bundle}

@@ -4,7 +4,6 @@ package libct
 
 import (
 	"fmt"
-	"path/filepath"
 	"strconv"
 
 	"github.com/containerd/errdefs"
@@ -14,6 +13,8 @@ import (
 	selinux "github.com/opencontainers/selinux/go-selinux"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/internal/shim/driver"
 )
 
 func invalid(format string, args ...any) error {
@@ -22,14 +23,10 @@ func invalid(format string, args ...any) error {
 
 // newProcess turns a process of a spec into the library's.
 func newProcess(spec *specs.Process) (*libcontainer.Process, error) {
-	switch {
-	case spec == nil:
-		return nil, invalid("there is none in the spec")
-	case len(spec.Args) == 0:
-		return nil, invalid("it has no arguments")
-	case !filepath.IsAbs(spec.Cwd):
-		return nil, invalid("working directory %q is not absolute", spec.Cwd)
-	case spec.SelinuxLabel != "" && !selinux.GetEnabled():
+	if err := driver.CheckProcess(spec); err != nil {
+		return nil, err
+	}
+	if spec.SelinuxLabel != "" && !selinux.GetEnabled() {
 		return nil, invalid("it has an SELinux label, and SELinux is off")
 	}
 	p := &libcontainer.Process{

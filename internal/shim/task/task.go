@@ -613,7 +613,7 @@ func (s *Service) startExec(ctx context.Context, p *process) (*taskapi.StartResp
 }
 
 // Exec adds a process that Start will run.
-func (s *Service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emptyResponse, error) {
+func (s *Service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (_ *emptyResponse, err error) {
 	c, err := s.find(r.ID)
 	if err != nil {
 		return nil, err
@@ -626,8 +626,7 @@ func (s *Service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emp
 	if err = unmarshalJSON(r.Spec, "Process", &spec); err != nil {
 		return nil, err
 	}
-	if len(spec.Args) == 0 {
-		err = fmt.Errorf("process has no arguments: %w", errdefs.ErrInvalidArgument)
+	if err = driver.CheckProcess(&spec); err != nil {
 		return nil, err
 	}
 	spec.Terminal = r.Terminal
@@ -774,10 +773,10 @@ func wait(ctx context.Context, p *process) error {
 	}
 }
 
-// wrap gives an error what was attempted.
+// wrap gives an error what was attempted, and a class if it has none.
 func wrap(err *error, format string, args ...any) {
 	if *err != nil {
-		*err = fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), *err)
+		*err = driver.Classify(fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), *err))
 	}
 }
 
