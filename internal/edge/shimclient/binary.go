@@ -148,10 +148,17 @@ func (c command) run(ctx context.Context) (stdout, stderr []byte, err error) {
 	case ctx.Err() != nil:
 		err = fmt.Errorf("did not end within %s (%s): %w", c.limit, c.limitName, ctx.Err())
 	}
-	if text != "" {
-		return nil, nil, fmt.Errorf("%s: %s: %w", c.path, text, err)
+	if text == "" {
+		return nil, nil, fmt.Errorf("%s: %w", c.path, err)
 	}
-	return nil, nil, fmt.Errorf("%s: %w", c.path, err)
+	// A shim's message ends in its class, as all of them do on the wire.
+	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrAlreadyExists, errdefs.ErrFailedPrecondition,
+		errdefs.ErrPermissionDenied, errdefs.ErrResourceExhausted, errdefs.ErrNotImplemented, errdefs.ErrUnavailable} {
+		if strings.HasSuffix(text, ": "+class.Error()) {
+			return nil, nil, fmt.Errorf("%s: %s: %w: %w", c.path, text, err, class)
+		}
+	}
+	return nil, nil, fmt.Errorf("%s: %s: %w", c.path, text, err)
 }
 
 // limited is a buffer that forgets what is too much.

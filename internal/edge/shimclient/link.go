@@ -123,7 +123,7 @@ func (l *link) open(wait time.Duration) {
 			return
 		}
 		if !nobodyListens(err) || time.Now().After(until) || ctx.Err() != nil {
-			l.openErr = fmt.Errorf("connect to shim at %s: %w", l.addr.Address, err)
+			l.openErr = fmt.Errorf("connect to shim at %s: %w: %w", l.addr.Address, err, errdefs.ErrUnavailable)
 			return
 		}
 		pause(ctx, 5*time.Millisecond)
