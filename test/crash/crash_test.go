@@ -126,7 +126,7 @@ func TestKill(t *testing.T) {
 		killed := time.Now()
 		moments = append(moments, killed)
 		first := <-finished
-		t.Logf("%2d: killed %v into %s (%v); a container ends: %q", i, at, kind, first, when)
+		t.Logf("%2d: killed %v into %s (%v); %s ends: %q", i, at, kind, first, victim.id, when)
 		if when == "down" {
 			syscall.Kill(int(victim.pid), syscall.SIGTERM)
 			d.eventually(fmt.Sprintf("%v has ended", victim), func() bool { return !alive(victim.pid) }, func() string { return describe(victim.pid) })

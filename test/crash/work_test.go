@@ -513,8 +513,12 @@ func (b *bench) revive(ctx context.Context, id container.ID) (box, error) {
 	return box{id, pid}, nil
 }
 
-// catches says whether a process has a handler for a signal.
+// catches says whether a resident has a handler for a signal. The program that
+// becomes its shell has one for all of them.
 func catches(pid uint32, s syscall.Signal) bool {
+	if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); !bytes.HasPrefix(b, []byte("/bin/sh\x00")) {
+		return false
+	}
 	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	_, rest, _ := strings.Cut(string(b), "SigCgt:\t")
 	line, _, _ := strings.Cut(rest, "\n")
