@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -45,6 +46,7 @@ func HostFacts(devices bool) (oci.HostFacts, error) {
 	if b, err := os.ReadFile("/proc/self/uid_map"); err == nil {
 		f.UserNS = !bytes.Equal(bytes.Join(bytes.Fields(b), []byte(" ")), []byte("0 0 4294967295"))
 	}
+	f.Capabilities = capabilities()
 	for path, into := range map[string]*string{"/etc/hosts": &f.Hosts, "/etc/resolv.conf": &f.ResolvConf} {
 		if _, err := os.Stat(path); err == nil {
 			*into = path
@@ -83,4 +85,26 @@ func HostFacts(devices bool) (oci.HostFacts, error) {
 		return nil
 	})
 	return f, err
+}
+
+// capabilities are those that a process started here can have, nil if the
+// kernel does not say.
+func capabilities() []string {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return nil
+	}
+	_, rest, _ := bytes.Cut(b, []byte("\nCapBnd:"))
+	line, _, _ := bytes.Cut(rest, []byte("\n"))
+	set, err := strconv.ParseUint(string(bytes.TrimSpace(line)), 16, 64)
+	if err != nil {
+		return nil
+	}
+	have := []string{}
+	for n, name := range oci.AllCapabilities() {
+		if set&(1<<n) != 0 {
+			have = append(have, name)
+		}
+	}
+	return have
 }

@@ -271,14 +271,17 @@ func (a *app) stop(ctx context.Context, v view.View, c container.Container, name
 func (a *app) kill9(ctx context.Context, v view.View, c container.Container) error {
 	ctx, cancel := context.WithTimeout(ctx, killTimeout)
 	defer cancel()
-	if err := v.Tasks().Kill(ctx, c.ID, "", uint32(unix.SIGKILL), true); err != nil {
-		return err
-	}
-	// A frozen process does not even die.
+	// A frozen process does not even die, so it is thawed with its death ahead.
 	if p, err := v.Tasks().Get(ctx, c.ID, ""); err == nil && p.Status == task.StatusPaused {
-		if err := v.Tasks().Resume(ctx, c.ID); err != nil && !errdefs.IsNotFound(err) {
+		if err := v.Tasks().Kill(ctx, c.ID, "", uint32(unix.SIGKILL), false); err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
+		if err := v.Tasks().Resume(ctx, c.ID); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) {
+			return err
+		}
+	}
+	if err := v.Tasks().Kill(ctx, c.ID, "", uint32(unix.SIGKILL), true); err != nil {
+		return err
 	}
 	if _, err := v.Tasks().Wait(ctx, c.ID, ""); err != nil {
 		if ctx.Err() != nil {
@@ -330,7 +333,17 @@ func (a *app) killCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := v.Tasks().Kill(ctx, c.ID, "", sig, all); err != nil {
+		p, err := v.Tasks().Get(ctx, c.ID, "")
+		switch {
+		case err != nil:
+		case p.Status == task.StatusStopped:
+			err = errdefs.ErrNotFound
+		case sig == uint32(unix.SIGKILL):
+			err = a.kill9(ctx, v, c)
+		default:
+			err = v.Tasks().Kill(ctx, c.ID, "", sig, all)
+		}
+		if err != nil {
 			if errdefs.IsNotFound(err) {
 				return &hinted{fmt.Errorf("kill container %s: it is not running: %w", c.ID, errdefs.ErrFailedPrecondition), "see: gantry ps -a"}
 			}
@@ -338,9 +351,6 @@ func (a *app) killCommand() *cobra.Command {
 		}
 		if sig != uint32(unix.SIGKILL) {
 			return nil
-		}
-		if err := a.kill9(ctx, v, c); err != nil && !errdefs.IsNotFound(err) {
-			return err
 		}
 		return a.stopped(ctx, v, c)
 	})

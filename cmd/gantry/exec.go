@@ -82,7 +82,11 @@ func (a *app) execCommand() *cobra.Command {
 				}
 			}
 			if privileged {
-				all := oci.AllCapabilities()
+				facts, err := client.HostFacts(false)
+				if err != nil {
+					return err
+				}
+				all := facts.Capabilities
 				proc.Capabilities = &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all}
 			}
 			body, err := client.Encode(client.ProcessURL, proc)

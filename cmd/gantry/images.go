@@ -34,15 +34,32 @@ const labelSnapshotter = "containerd.io/defaults/snapshotter"
 
 // snapshotter is what the flag says, the environment, the namespace, or the default.
 func (a *app) snapshotter(ctx context.Context, flag string) (string, error) {
-	if flag != "" {
-		return flag, nil
-	}
-	if s := os.Getenv("CONTAINERD_SNAPSHOTTER"); s != "" {
-		return s, nil
+	if flag == "" {
+		flag = os.Getenv("CONTAINERD_SNAPSHOTTER")
 	}
 	v, err := a.view(ctx)
 	if err != nil {
 		return "", err
+	}
+	if flag != "" {
+		plugins, err := a.client.Introspection().Plugins(ctx, "type==io.containerd.snapshotter.v1")
+		if err != nil {
+			return "", err
+		}
+		var loaded []string
+		for _, p := range plugins {
+			if p.InitErr == "" {
+				loaded = append(loaded, p.ID)
+			}
+			if p.ID == flag && p.InitErr == "" {
+				return flag, nil
+			}
+			if p.ID == flag {
+				return "", fmt.Errorf("snapshotter %s: %s: %w", flag, p.InitErr, errdefs.ErrUnavailable)
+			}
+		}
+		slices.Sort(loaded)
+		return "", &hinted{fmt.Errorf("snapshotter %s: %w", flag, errdefs.ErrNotFound), "the daemon has: " + strings.Join(loaded, ", ")}
 	}
 	ns, err := a.client.Namespaces().Get(ctx, v.Namespace())
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"strings"
 	"time"
@@ -86,12 +87,21 @@ func (a *app) dial(ctx context.Context) (*client.Client, error) {
 	if a.client != nil {
 		return a.client, nil
 	}
-	if _, err := os.Stat(a.address); err != nil {
+	if _, err := os.Stat(strings.TrimPrefix(a.address, "unix://")); err != nil {
 		if errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("no daemon at %s: %w", a.address, errdefs.ErrUnavailable)
 		}
 		return nil, fmt.Errorf("connect to the daemon: %w", err)
 	}
+	// A socket that nobody listens on would be tried again until the time is over.
+	probe, err := net.DialTimeout("unix", strings.TrimPrefix(a.address, "unix://"), connectTimeout)
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return nil, fmt.Errorf("connect to the daemon: %w", err)
+	case err != nil:
+		return nil, fmt.Errorf("no daemon listens on %s: %w: %w", a.address, err, errdefs.ErrUnavailable)
+	}
+	probe.Close()
 	c, err := client.Dial(a.address)
 	if err != nil {
 		return nil, err
@@ -192,10 +202,22 @@ func advice(a *app, cmd *cobra.Command, err error) string {
 		return "the daemon's socket belongs to root: use sudo"
 	case errdefs.IsUnavailable(err) && a.client == nil:
 		return fmt.Sprintf("is gantryd running? Start it with: systemctl start gantry, or: sudo gantryd. For another socket: gantry --address PATH (now %s)", a.address)
-	case strings.HasPrefix(text, "unknown command"), strings.HasPrefix(text, "unknown flag"), strings.HasPrefix(text, "unknown shorthand"), strings.Contains(text, "arg(s)"):
+	case errdefs.IsUnauthorized(err), strings.Contains(text, ": 401 "), strings.Contains(text, ": 403 "):
+		return "the registry wants a login, or the name is wrong: gantry pull --user NAME IMAGE"
+	case isUsage(text):
 		return fmt.Sprintf("see: %s --help", cmd.CommandPath())
 	}
 	return ""
+}
+
+// isUsage says whether an error is of the command line itself.
+func isUsage(text string) bool {
+	for _, p := range []string{"unknown command", "unknown flag", "unknown shorthand", "unknown output format", "requires at least", "accepts ", "invalid argument ", "flag needs an argument", "bad flag syntax"} {
+		if strings.HasPrefix(text, p) {
+			return true
+		}
+	}
+	return false
 }
 
 // failureCode is the exit code for an error of Gantry's own (docker's
@@ -207,7 +229,7 @@ func failureCode(err error) int {
 		return 127
 	case strings.Contains(text, "permission denied") && strings.Contains(text, "exec"):
 		return 126
-	case strings.HasPrefix(text, "unknown "):
+	case isUsage(text):
 		return 2
 	}
 	return 125

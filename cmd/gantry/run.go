@@ -101,7 +101,7 @@ func (c *createFlags) add(cmd *cobra.Command) {
 
 // options makes the specification's part of the flags.
 func (c *createFlags) options(args []string, facts oci.HostFacts) ([]oci.Option, error) {
-	opts := []oci.Option{oci.WithCapabilities(c.capAdd, c.capDrop)}
+	opts := []oci.Option{oci.WithCapabilities(c.capAdd, c.capDrop), oci.WithCgroupMount()}
 	add := func(o oci.Option) { opts = append(opts, o) }
 	if c.entrypoint != "" {
 		add(oci.WithEntrypoint(c.entrypoint))
@@ -423,9 +423,17 @@ func (a *app) runAttached(ctx context.Context, v view.View, c container.Containe
 func (a *app) attached(ctx context.Context, v view.View, id container.ID, exec task.ExecID, interactive, tty bool,
 	create func(task.IO) error, destroy func(context.Context) (task.Exit, error)) (uint32, error) {
 	streams := client.Streams{Stdout: a.out, Stderr: a.err, Terminal: tty}
+	started, over := make(chan struct{}), make(chan struct{})
+	defer close(over)
 	if interactive {
 		streams.Stdin = a.in
 		streams.StdinClosed = func() {
+			// Short input ends before there is a process to tell it to.
+			select {
+			case <-started:
+			case <-over:
+				return
+			}
 			closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 			defer cancel()
 			if err := v.Tasks().CloseStdin(closing, id, exec); err != nil && !errdefs.IsNotFound(err) {
@@ -463,6 +471,7 @@ func (a *app) attached(ctx context.Context, v view.View, id container.ID, exec t
 	if _, err := v.Tasks().Start(ctx, id, exec); err != nil {
 		return 0, err
 	}
+	close(started)
 	stop := a.forward(always, v, id, exec, tty)
 	defer stop()
 	exit, err := v.Tasks().Wait(always, id, exec)
