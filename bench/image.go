@@ -49,8 +49,8 @@ func large() (*testimage.Image, error) {
 }
 
 // many is 20,000 files of 100 to 4,000 bytes in 200 directories, one layer.
-func many() (*testimage.Image, error) {
-	rnd := rand.New(rand.NewPCG(3, 4))
+func many(seed uint64) (*testimage.Image, error) {
+	rnd := rand.New(rand.NewPCG(3, seed))
 	var files []testimage.File
 	for dir := range 200 {
 		name := fmt.Sprintf("usr/lib/node_modules/d%03d", dir)

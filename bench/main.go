@@ -30,9 +30,12 @@ import (
 
 // bench is what the works share.
 type bench struct {
-	small, large, many string // references
-	quick              int    // divides the number of operations
-	unique             atomic.Uint64
+	reg          *testimage.Registry
+	small, large string   // references
+	many         []string // by round
+	round        int      // that is under way
+	quick        int      // divides the number of operations
+	unique       atomic.Uint64
 }
 
 func (b *bench) scaled(n int) int { return max(1, n/b.quick) }
@@ -96,14 +99,14 @@ func run(ctx context.Context, chosen []work, rounds, quick int, write bool) (err
 		return err
 	}
 	begin := time.Now()
-	b := &bench{quick: quick}
 	reg := testimage.NewRegistry()
 	defer reg.Close()
+	b := &bench{quick: quick, reg: reg}
 	for _, i := range []struct {
 		ref  *string
 		name string
 		make func() (*testimage.Image, error)
-	}{{&b.small, "small", small}, {&b.large, "large", large}, {&b.many, "many", many}} {
+	}{{&b.small, "small", small}, {&b.large, "large", large}} {
 		img, err := i.make()
 		if err != nil {
 			return err
@@ -143,6 +146,7 @@ func run(ctx context.Context, chosen []work, rounds, quick int, write bool) (err
 			n = min(n, w.rounds)
 		}
 		for round := range n {
+			b.round = round
 			for turn := range ds {
 				// Who goes first changes, so that neither profits from it.
 				which := (turn + round) % 2
