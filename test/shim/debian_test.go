@@ -59,9 +59,7 @@ func debian(t *testing.T) *host {
 		t.Skip("containers need root")
 	}
 	bin := os.Getenv("GANTRY_DEBIAN_CONTAINERD")
-	if bin != "" {
-		bin = filepath.Join(bin, "bin")
-	} else {
+	if bin == "" {
 		bin = "/opt/deb/usr/bin"
 	}
 	for _, p := range []string{bin + "/containerd", bin + "/ctr", "/bin/busybox"} {

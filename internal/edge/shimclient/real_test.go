@@ -36,9 +36,8 @@ func realHost(t *testing.T) *host {
 	}
 	dir := os.Getenv("GANTRY_DEBIAN_CONTAINERD")
 	if dir == "" {
-		dir = "/opt/deb/usr"
+		dir = "/opt/deb/usr/bin"
 	}
-	dir = filepath.Join(dir, "bin")
 	if _, err := os.Stat(filepath.Join(dir, "containerd-shim-runc-v2")); err != nil {
 		t.Skip("Debian's shim is not installed: ", err)
 	}

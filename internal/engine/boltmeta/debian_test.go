@@ -35,9 +35,9 @@ import (
 func TestDebianContainerdReads(t *testing.T) {
 	bin := os.Getenv("GANTRY_DEBIAN_CONTAINERD")
 	if bin == "" {
-		bin = "/opt/deb/usr"
+		bin = "/opt/deb/usr/bin"
 	}
-	daemon, ctr := filepath.Join(bin, "bin/containerd"), filepath.Join(bin, "bin/ctr")
+	daemon, ctr := filepath.Join(bin, "containerd"), filepath.Join(bin, "ctr")
 	if _, err := os.Stat(daemon); err != nil {
 		t.Skipf("Debian's containerd is not there: %v", err)
 	}
