@@ -55,7 +55,7 @@ func (a *app) find(ctx context.Context, v view.View, ref string) (container.Cont
 	if ferr := v.Containers().Walk(ctx, func(c container.Container) error {
 		found = append(found, c)
 		return nil
-	}, "id~=|^"+strings.ReplaceAll(regexp.QuoteMeta(ref), "|", `\|`)+"|"); ferr != nil {
+	}, "id~=|^"+regexp.QuoteMeta(ref)+"|"); ferr != nil { // the store has checked its letters
 		return c, ferr
 	}
 	switch len(found) {
@@ -608,7 +608,10 @@ func parsePsFilters(list []string) (statuses []string, match []string, err error
 			}
 			statuses = append(statuses, v)
 		case k == "id" || k == "name":
-			terms = append(terms, "id~=|"+strings.ReplaceAll(regexp.QuoteMeta(v), "|", `\|`)+"|")
+			if strings.Contains(v, "|") {
+				return nil, nil, fmt.Errorf("filter %q: no id has a bar: %w", s, errdefs.ErrInvalidArgument)
+			}
+			terms = append(terms, "id~=|"+regexp.QuoteMeta(v)+"|")
 		case k == "image" || k == "ancestor":
 			name, err := normalize(v)
 			if err != nil {

@@ -139,15 +139,20 @@ func (s *step) line(width int) string {
 	const nameWidth, eventWidth = 22, 14
 	name := fmt.Sprintf("%-*s", nameWidth, cut(shortName(s.name), nameWidth))
 	event := fmt.Sprintf("%-*s", eventWidth, cut(s.event, eventWidth))
-	tail := ""
+	tail, rate := "", ""
 	if s.total > 0 {
 		tail = fmt.Sprintf("%10s / %-10s", size(s.at), size(s.total))
 		if took := time.Since(s.began).Seconds(); !s.done && took > 0.5 && s.at > 0 {
-			tail += fmt.Sprintf(" %s/s", size(int64(float64(s.at)/took)))
+			rate = fmt.Sprintf(" %s/s", size(int64(float64(s.at)/took)))
 		}
 	}
+	const least = 8
 	bar := width - nameWidth - eventWidth - len(tail) - 6
-	if bar < 8 || s.total == 0 {
+	if bar-len(rate) >= least {
+		tail += rate
+		bar -= len(rate)
+	}
+	if bar < least || s.total == 0 {
 		return strings.TrimRight(cut(name+" "+event+" "+tail, width-1), " ")
 	}
 	filled := int(int64(bar) * min(s.at, s.total) / s.total)

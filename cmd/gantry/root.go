@@ -186,10 +186,23 @@ func (h *hinted) Unwrap() error { return h.error }
 
 // explain prints an error and what to do next.
 func (a *app) explain(cmd *cobra.Command, err error) {
-	fmt.Fprintln(a.err, "gantry: "+err.Error())
+	fmt.Fprintln(a.err, "gantry: "+legible(err.Error()))
 	if hint := advice(a, cmd, err); hint != "" {
 		fmt.Fprintln(a.err, "hint: "+hint)
 	}
+}
+
+// legible leaves out lines that only repeat how the one before ends: the class
+// of an error, once for every hop that it has made.
+func legible(text string) string {
+	var lines []string
+	for line := range strings.SplitSeq(text, "\n") {
+		if n := len(lines); n > 0 && (lines[n-1] == line || strings.HasSuffix(lines[n-1], ": "+line)) {
+			continue
+		}
+		lines = append(lines, line)
+	}
+	return strings.Join(lines, "\n")
 }
 
 func advice(a *app, cmd *cobra.Command, err error) string {
