@@ -251,7 +251,7 @@ func machineLine(ctx context.Context, ds [2]*daemon) string {
 // and stays.
 func report(machine string, rounds int, table, old string) []byte {
 	var b strings.Builder
-	fmt.Fprintf(&b, "# Gantry beside Debian's containerd\n\nWritten by `make bench ARGS='-rounds %d -write'` on %s.\n\n%s.\n\n", rounds, time.Now().UTC().Format("2006-01-02"), machine)
+	fmt.Fprintf(&b, "# Gantry beside Debian's containerd\n\nWritten by `scripts/bench -rounds %d -write` on %s.\n\n%s.\n\n", rounds, time.Now().UTC().Format("2006-01-02"), machine)
 	b.WriteString("One run, both daemons, the same client code; each cell is the median of the rounds with the smallest and the largest in brackets. The ratio is gantry's over containerd's,\nround by round: below 1 gantry needs less. CPU is that of the daemon, its shims, runtimes and containers per operation. A row again: `scripts/bench -only KEY`, KEY from the last column.\n\n")
 	b.WriteString(table)
 	if n := notes(old); n != "" {
