@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -117,6 +118,12 @@ func CreateContainer(ctx context.Context, src view.Source, ns namespace.ID, o Co
 	}
 	key := string(o.ID)
 	mounts, err := snapshots.Prepare(ctx, key, info.ChainID.String(), nil)
+	if errdefs.IsAlreadyExists(err) {
+		// Somebody makes a container of this name as well, or did not live to
+		// end it. The record decides whose the name is, not the snapshot.
+		key += "-" + rand.Text()[:8]
+		mounts, err = snapshots.Prepare(ctx, key, info.ChainID.String(), nil)
+	}
 	if errdefs.IsNotFound(err) {
 		return none, fmt.Errorf("image %s is not unpacked into snapshotter %s: %w", o.Image, o.Snapshotter, errdefs.ErrFailedPrecondition)
 	}
@@ -132,7 +139,7 @@ func CreateContainer(ctx context.Context, src view.Source, ns namespace.ID, o Co
 	if err != nil {
 		return none, fmt.Errorf("image %s: %w", o.Image, err)
 	}
-	spec, err := oci.Generate(o.Facts, key, string(ns), info.Config.Config, append([]oci.Option{oci.WithResolvedUser(user)}, o.Spec...)...)
+	spec, err := oci.Generate(o.Facts, string(o.ID), string(ns), info.Config.Config, append([]oci.Option{oci.WithResolvedUser(user)}, o.Spec...)...)
 	if err != nil {
 		return none, err
 	}
