@@ -76,6 +76,7 @@ type daemon struct {
 	cmd  *exec.Cmd
 	conn *grpc.ClientConn
 	done chan error
+	top  string // the snapshot that pullBusybox has made
 }
 
 // start runs a daemon for the length of a test. In the end it must still be

@@ -191,7 +191,7 @@ func TestBadReferences(t *testing.T) {
 // error that names where it was and what the registry said or did.
 //
 // contract: 1.3.41, 10.12, 10.15
-// promise: P36
+// promise: P7, P36
 func TestBadRegistries(t *testing.T) {
 	d := start(t)
 	before := d.inventory()

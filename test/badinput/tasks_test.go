@@ -43,8 +43,8 @@ func chainID(diffs []digest.Digest) string {
 	return chain.String()
 }
 
-// pullBusybox makes the image that runs, and returns its top layer's name.
-func (d *daemon) pullBusybox() string {
+// pullBusybox makes the image that runs.
+func (d *daemon) pullBusybox() {
 	d.t.Helper()
 	img := testimage.Busybox(d.t)
 	reg := testimage.Serve(d.t)
@@ -54,11 +54,8 @@ func (d *daemon) pullBusybox() string {
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	return chainID(img.DiffIDs)
+	d.top = chainID(img.DiffIDs)
 }
-
-// busyboxChain is the top layer of what pullBusybox pulled.
-func busyboxChain(t testing.TB) string { return chainID(testimage.Busybox(t).DiffIDs) }
 
 // spec is a small container that sleeps, changed by f.
 func (d *daemon) spec(id string, f func(*specs.Spec)) *specs.Spec {
@@ -89,7 +86,7 @@ func pack(t testing.TB, url string, v any) typed.Any {
 func (d *daemon) record(id string, f func(*specs.Spec)) {
 	d.t.Helper()
 	ctx := d.timeout()
-	if _, err := d.snapshots("overlayfs").Prepare(ctx, id, busyboxChain(d.t), nil); err != nil {
+	if _, err := d.snapshots("overlayfs").Prepare(ctx, id, d.top, nil); err != nil {
 		d.t.Fatal(err)
 	}
 	_, err := d.containers().Create(ctx, container.Container{ID: container.ID(id), Runtime: container.Runtime{Name: runc},
@@ -171,7 +168,7 @@ type attempt struct {
 func (d *daemon) try(t *testing.T, a attempt) error {
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	mounts, err := d.snapshots("overlayfs").Prepare(ctx, "bad", busyboxChain(t), nil)
+	mounts, err := d.snapshots("overlayfs").Prepare(ctx, "bad", d.top, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
