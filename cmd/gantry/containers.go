@@ -159,9 +159,6 @@ func (a *app) startCommand() *cobra.Command {
 					return err
 				}
 				code, err := a.runAttached(ctx, v, c, interactive, spec.Process != nil && spec.Process.Terminal)
-				if c.Labels[labelRm] == "true" {
-					err = errors.Join(err, a.discard(ctx, v, c))
-				}
 				return exitError(code, err)
 			}
 			if err == nil {
@@ -232,7 +229,7 @@ func (a *app) stop(ctx context.Context, v view.View, c container.Container, name
 	p, err := v.Tasks().Get(ctx, c.ID, "")
 	switch {
 	case errdefs.IsNotFound(err), err == nil && p.Status == task.StatusStopped:
-		return a.stopped(ctx, v, c) // as docker has it, that is no error
+		return nil // as docker has it, that is no error
 	case err != nil:
 		return err
 	case p.Status == task.StatusCreated:
@@ -241,7 +238,7 @@ func (a *app) stop(ctx context.Context, v view.View, c container.Container, name
 	}
 	err = v.Tasks().Kill(ctx, c.ID, "", sig, false)
 	if errdefs.IsNotFound(err) {
-		return a.stopped(ctx, v, c)
+		return nil
 	}
 	if err != nil {
 		return err
@@ -261,10 +258,7 @@ func (a *app) stop(ctx context.Context, v view.View, c container.Container, name
 	if err != nil && over {
 		err = a.kill9(ctx, v, c)
 	}
-	if err != nil && !errdefs.IsNotFound(err) {
-		return err
-	}
-	return a.stopped(ctx, v, c)
+	return ignoreNotFound(err)
 }
 
 // kill9 kills all processes of a container and waits for the end.
@@ -290,14 +284,6 @@ func (a *app) kill9(ctx context.Context, v view.View, c container.Container) err
 		return err
 	}
 	return nil
-}
-
-// stopped removes a container that was run with --rm once it has ended.
-func (a *app) stopped(ctx context.Context, v view.View, c container.Container) error {
-	if c.Labels[labelRm] != "true" {
-		return nil
-	}
-	return a.remove(ctx, v, c, false)
 }
 
 // parseSignal reads a signal's number or name, with or without SIG, real-time
@@ -349,10 +335,7 @@ func (a *app) killCommand() *cobra.Command {
 			}
 			return err
 		}
-		if sig != uint32(unix.SIGKILL) {
-			return nil
-		}
-		return a.stopped(ctx, v, c)
+		return nil
 	})
 	cmd.Flags().StringVarP(&name, "signal", "s", "SIGKILL", "`signal` by name or number")
 	cmd.Flags().BoolVar(&all, "all", false, "send it to all processes of the container")
@@ -427,13 +410,13 @@ func (a *app) remove(ctx context.Context, v view.View, c container.Container, fo
 		}
 		return err
 	}
-	if err := client.DeleteContainer(ctx, v, c.ID); err != nil && !errdefs.IsNotFound(err) {
-		return err
-	}
+	// While the id is taken, nobody else's output can be in that folder.
 	if dir := keptDir(c); dir != "" {
-		return os.RemoveAll(dir)
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
 	}
-	return nil
+	return ignoreNotFound(client.DeleteContainer(ctx, v, c.ID))
 }
 
 // keptDir is the folder of a container's kept output, "" if there is none. The

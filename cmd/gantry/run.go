@@ -335,8 +335,8 @@ func (a *app) runCommand() *cobra.Command {
 				}
 			}
 			labels := map[string]string{}
-			if rm {
-				labels[labelRm] = "true"
+			if rm && detach {
+				labels[labelRm] = "true" // nobody stays here to do it: the daemon does
 			}
 			ctr, err := a.create(ctx, &c, args, detach, labels)
 			if err != nil {

@@ -30,6 +30,7 @@ import (
 	"github.com/gantryd/gantry/internal/lib/plugin"
 	"github.com/gantryd/gantry/internal/lib/tarstream"
 	"github.com/gantryd/gantry/internal/service/archive"
+	"github.com/gantryd/gantry/internal/service/autoremove"
 	"github.com/gantryd/gantry/internal/service/gc"
 	"github.com/gantryd/gantry/internal/service/pull"
 	"github.com/gantryd/gantry/internal/service/push"
@@ -269,6 +270,7 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 			return nil
 		}},
 		{Name: "interrupted transfers", Run: func(ctx context.Context) error { return transfers.Run(ctx, db.Namespaces()) }},
+		{Name: "removal of ended containers", Run: autoremove.New(views, db.Namespaces(), bus, filepath.Join(cfg.Root, "io.gantry.logs"), log).Run},
 		{Name: "garbage collection", Run: collector.Run},
 		{Name: "events", Stop: func(context.Context) error { return bus.Close() }},
 	}}, nil
