@@ -29,6 +29,7 @@ func TestBadConfigurations(t *testing.T) {
 		{"a key twice", "root = 'DIR/root'\nroot = 'DIR/root'\n", false, []string{"config.toml:2", "root"}},
 		{"a version to come", "version = 99\n", false, []string{"config.toml", "99"}},
 		{"a version in words", "version = 'four'\n", false, []string{"config.toml:1", "version"}},
+		{"a root that is a number", "version = 4\nroot = 5\n", false, []string{"config.toml:2", "root is an integer"}},
 		{"a number that is a word, strictly", "version = 4\noom_score = 'high'\n", true, []string{"config.toml:2", "oom_score"}},
 		{"a list that is none, strictly", "version = 4\ndisabled_plugins = 'x'\n", true, []string{"config.toml:2", "disabled_plugins"}},
 		{"an unknown key, strictly", "version = 4\nsurprise = 1\n", true, []string{"config.toml:2", "surprise"}},
@@ -57,7 +58,7 @@ func TestBadConfigurations(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			defer cancel()
 			args := []string{"--config", path}
-			for flag, key := range map[string]string{"--root": "root = 'DIR", "--state": "state = 'DIR", "--address": "address = 'DIR"} {
+			for flag, key := range map[string]string{"--root": "root = ", "--state": "state = 'DIR", "--address": "address = 'DIR"} {
 				if !strings.Contains(tc.config, key) {
 					args = append(args, flag, filepath.Join(dir, strings.TrimLeft(flag, "-")))
 				}

@@ -391,6 +391,12 @@ func (c *Config) validate() ([]Warning, error) {
 		return Pos{}
 	}
 	for key, dir := range map[string]string{"root": c.Root, "state": c.State} {
+		// The default in place of what was meant would be somebody else's data.
+		if n := c.read.at(key); n != nil {
+			if _, ok := n.scalar.(string); !ok {
+				return nil, fmt.Errorf("%s: %s is %s, want a path: %w", n.pos, key, n.kind(), errdefs.ErrInvalidArgument)
+			}
+		}
 		if dir == "" {
 			return nil, fmt.Errorf("%s: %s must not be empty: %w", where(key), key, errdefs.ErrInvalidArgument)
 		}
