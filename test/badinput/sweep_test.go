@@ -503,9 +503,9 @@ func (d *daemon) seed(id namespace.ID) {
 
 // Every request of the whole API with each of its fields absent or hostile in
 // turn, and with no, a bad and a foreign header, is answered in time, and by a
-// daemon that goes on.
+// daemon that goes on (contract 15, row 13).
 //
-// contract: 1.1.8, 1.2.1, 1.2.2, 1.2.9, 1.2.10, 13.1, 13.8, 13.13
+// contract: 1.2.1, 1.2.2, 1.2.9, 1.2.10, 13.1, 13.8
 // promise: P36
 func TestWholeAPI(t *testing.T) {
 	// Nothing here is about durability, and disks are slow.
@@ -752,7 +752,7 @@ func TestTasksOfALiveContainer(t *testing.T) {
 // A request under a lease that does not exist creates nothing: it is the one
 // protection against collection that its client asked for.
 //
-// contract: 1.2.4, 13.14
+// contract: 1.2.4
 func TestUnknownLease(t *testing.T) {
 	d := start(t)
 	before := d.inventory()
