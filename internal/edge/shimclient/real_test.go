@@ -483,6 +483,13 @@ func TestStoppedShim(t *testing.T) {
 	}
 	thaw := func() { unix.Kill(sick, unix.SIGCONT) } // again at the end: harmless
 	t.Cleanup(thaw)
+	until(t, "all threads have stopped", func() bool {
+		threads, _ := filepath.Glob("/proc/" + itoa(uint32(sick)) + "/task/*/stat") // pattern is good
+		return len(threads) > 0 && !slices.ContainsFunc(threads, func(stat string) bool {
+			b, err := os.ReadFile(stat)
+			return err == nil && !strings.Contains(string(b), ") T ")
+		})
+	})
 
 	began := time.Now()
 	l, err := h.store.List(t.Context())
