@@ -9,7 +9,7 @@ GOBUILD := go build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)'
 export GANTRY_DEBIAN_CONTAINERD ?= $(CURDIR)/.cache/debian/usr/bin
 PACKAGES ?= ./...
 
-.PHONY: all demo test bench lint install clean
+.PHONY: all demo test bench lint install clean help
 all: ## build gantryd, gantry and the shim into bin/
 	@scripts/deps build
 	$(GOBUILD) -o bin/ ./cmd/gantryd ./cmd/containerd-shim-runc-v2
@@ -37,7 +37,8 @@ install: all ## install into PREFIX (/usr/local), the shim into libexec
 	install -D -m 0755 bin/gantry $(DESTDIR)$(PREFIX)/bin/gantry
 	install -D -m 0755 bin/containerd-shim-runc-v2 $(DESTDIR)$(PREFIX)/libexec/gantry/containerd-shim-runc-v2
 	bin/gantry man $(DESTDIR)$(PREFIX)/share/man/man1
-	install -D -m 0644 docs/gantry.service $(DESTDIR)$(PREFIX)/lib/systemd/system/gantry.service
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's#/usr/local#$(PREFIX)#' docs/gantry.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/gantry.service
 
 clean: ## remove what was built
 	rm -rf bin .cache
