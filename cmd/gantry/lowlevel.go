@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -678,12 +677,4 @@ func (a *app) versionCommand() *cobra.Command {
 		}
 		return err
 	}}
-}
-
-// pageFile says where a document goes: a file, or standard output for "-".
-func pageFile(path string) (io.WriteCloser, error) {
-	if path == "-" {
-		return keepOpen{os.Stdout}, nil
-	}
-	return os.Create(path)
 }

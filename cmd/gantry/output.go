@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"time"
 
@@ -21,7 +22,11 @@ func (a *app) table(v any, header string, rows [][]string) error {
 	return writeTable(a.out, a.width(), strings.Split(header, "|"), rows)
 }
 
+// json prints v as a document. No list is "[]", never null.
 func (a *app) json(v any) error {
+	if r := reflect.ValueOf(v); r.Kind() == reflect.Slice && r.IsNil() {
+		v = []struct{}{}
+	}
 	e := json.NewEncoder(a.out)
 	e.SetIndent("", "  ")
 	return e.Encode(v)

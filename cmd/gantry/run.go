@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"os"
 	"os/signal"
@@ -546,13 +545,4 @@ func (a *app) runtime(flag string) (container.Runtime, error) {
 		return client.CommandRuntime(flag)
 	}
 	return container.Runtime{Name: flag}, nil
-}
-
-// copyAll is io.Copy that is quiet about a reader of ours that went away.
-func copyAll(w io.Writer, r io.Reader) error {
-	_, err := io.Copy(w, r)
-	if errors.Is(err, syscall.EPIPE) {
-		return nil
-	}
-	return err
 }
