@@ -10,14 +10,18 @@ import (
 	"log/slog"
 	"math"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/gantryd/gantry/core/lease"
 	"github.com/gantryd/gantry/core/namespace"
@@ -116,7 +120,7 @@ func ServerOptions(log *slog.Logger, maxRecv, maxSend int, ready Readiness) []gr
 				if r := recover(); r != nil {
 					resp, err = nil, panicked(log, info.FullMethod, r)
 				}
-				err = errgrpc.ToGRPC(err)
+				err = toStatus(err)
 			}()
 			if err := ready(); err != nil {
 				return nil, err
@@ -128,7 +132,7 @@ func ServerOptions(log *slog.Logger, maxRecv, maxSend int, ready Readiness) []gr
 				if r := recover(); r != nil {
 					err = panicked(log, info.FullMethod, r)
 				}
-				err = errgrpc.ToGRPC(err)
+				err = toStatus(err)
 			}()
 			if err := ready(); err != nil {
 				return err
@@ -136,6 +140,19 @@ func ServerOptions(log *slog.Logger, maxRecv, maxSend int, ready Readiness) []gr
 			return handler(srv, ss)
 		}),
 	}
+}
+
+// toStatus maps a core error to a status: its class and its text. What the
+// mapping adds as details are the further errors that it wraps, whose texts are
+// in the message already and would be told again; details that carry a value
+// of their own are kept (contract 1.2.9).
+func toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	p := status.Convert(errgrpc.ToGRPC(err)).Proto()
+	p.Details = slices.DeleteFunc(p.Details, func(a *anypb.Any) bool { return a.MessageIs(&spb.Status{}) })
+	return status.ErrorProto(p)
 }
 
 func panicked(log *slog.Logger, method string, r any) error {

@@ -82,6 +82,25 @@ func TestErrorsCrossTheWire(t *testing.T) {
 	}
 }
 
+// An error that wraps several is one line, with the class of the first.
+//
+// contract: 1.2.9
+func TestWrappedErrorsAreToldOnce(t *testing.T) {
+	several := fmt.Errorf("open it: %w: %w", fmt.Errorf("disk: %w", errdefs.ErrUnavailable), errors.Join(errdefs.ErrNotFound))
+	conn := Serve(t, func(s *grpc.Server) {
+		imagesapi.RegisterImagesServer(s, imagerpc.NewServer(Source{ImageStore: failing{err: several}}))
+	})
+	twice := Serve(t, func(s *grpc.Server) {
+		imagesapi.RegisterImagesServer(s, imagerpc.NewServer(Source{ImageStore: imagerpc.NewClient(conn, "test", "")}))
+	})
+	for _, c := range []*grpc.ClientConn{conn, twice} {
+		_, err := imagerpc.NewClient(c, "test", "").Get(t.Context(), "x")
+		if want := `image "x": open it: disk: unavailable: not found`; err == nil || err.Error() != want && err.Error() != want+": unavailable" || !errors.Is(err, errdefs.ErrUnavailable) {
+			t.Errorf("%q arrives as %q", want, err)
+		}
+	}
+}
+
 // A panic is that request's error and nobody else's.
 func TestPanicIsAnError(t *testing.T) {
 	conn := Serve(t, func(s *grpc.Server) {
