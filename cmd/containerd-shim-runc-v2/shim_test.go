@@ -428,6 +428,15 @@ func TestPauseResume(t *testing.T) {
 		}
 		k.delete("")
 		k.finish()
+		// So can all of one.
+		all := d.newTask("c2", "sh", "-c", "sleep 100 & sleep 100").with(&options.Options{BinaryName: opts.BinaryName}).run()
+		all.must("Pause", &taskapi.PauseRequest{ID: all.id}, nil)
+		all.must("Kill", &taskapi.KillRequest{ID: all.id, Signal: uint32(unix.SIGKILL), All: true}, nil)
+		if w := all.wait(""); w.ExitStatus != 137 {
+			t.Errorf("%v", w)
+		}
+		all.delete("")
+		all.finish()
 		want := []string{"/tasks/create", "/tasks/start", "/tasks/paused", "/tasks/resumed", "/tasks/paused", "/tasks/exit c1 137", "/tasks/delete"}
 		if diff := cmp.Diff(want, d.topics("c1")); diff != "" {
 			t.Error(diff)
@@ -805,6 +814,27 @@ func TestDeleteAfterShimDied(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What a killed shim and its dead container left does not keep their id.
+func TestIDOfDeadContainer(t *testing.T) {
+	d := newDaemon(t)
+	old := d.newTask("c1", "sleep", "100").run()
+	pid := int(old.state("").Pid)
+	_ = reaper.Kill(old.shimPid, unix.SIGKILL)
+	_ = reaper.Kill(pid, unix.SIGKILL)
+	eventually(t, "end of shim and container", func() bool { return !alive(old.shimPid) && !alive(pid) })
+	if err := unix.Unmount(old.bundle+"/rootfs", 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(old.bundle); err != nil {
+		t.Fatal(err)
+	}
+	k := d.newTask("c1", "sleep", "100").run()
+	k.kill("", unix.SIGKILL)
+	k.wait("")
+	k.delete("")
+	k.finish()
 }
 
 // contract: 5.2.11

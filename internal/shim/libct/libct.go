@@ -71,6 +71,9 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 		return nil, none, err
 	}
 	lc, err := libcontainer.Create(d.root, req.ID, config)
+	if errors.Is(err, libcontainer.ErrExist) && d.removeDead(req.ID) {
+		lc, err = libcontainer.Create(d.root, req.ID, config)
+	}
 	if err != nil {
 		switch {
 		case errors.Is(err, libcontainer.ErrExist):
@@ -110,6 +113,24 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 		return nil, none, err
 	}
 	return c, started, nil
+}
+
+// removeDead removes what is left of a container whose shim was killed, and
+// with it its processes, so that its id is free. One that lives, or that is
+// being made, is somebody's: it stays.
+func (d *libct) removeDead(id string) bool {
+	old, err := libcontainer.Load(d.root, id)
+	if err != nil {
+		return false
+	}
+	if status, err := old.Status(); err != nil || status != libcontainer.Stopped {
+		return false
+	}
+	if err := old.Destroy(); err != nil {
+		d.log.Warn("remove what is left of a dead container", "id", id, "error", err)
+		return false
+	}
+	return true
 }
 
 // run starts a process with its streams. Nothing is left of the process when

@@ -88,6 +88,18 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	// Where the cgroup is not known the first process stands for all: with it
 	// a pid namespace ends.
 	if r.All && p.id == "" && c.group != nil {
+		if sig == unix.SIGKILL && paused {
+			// The signals wait for the thaw, and then nothing runs any more; what
+			// the group's own kill counts would never get less before it.
+			if pids, perr := c.group.Pids(); perr == nil {
+				for _, pid := range pids {
+					_ = reaper.Kill(pid, sig)
+				}
+			}
+			if err := s.thaw(ctx, c); err != nil {
+				return nil, fmt.Errorf("resume it, so that it can die: %w", err)
+			}
+		}
 		err = c.group.SignalAll(sig)
 	} else {
 		switch {
