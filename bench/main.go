@@ -25,6 +25,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
 
+	"github.com/gantryd/gantry/test/daemontest"
 	"github.com/gantryd/gantry/test/testimage"
 )
 
@@ -69,19 +70,19 @@ func main() {
 
 // kinds finds both programs.
 func kinds() ([2]kind, error) {
-	deb := os.Getenv("GANTRY_DEBIAN_CONTAINERD")
-	if deb == "" {
-		deb = "/opt/deb/usr/bin"
+	deb, err := daemontest.Debian("containerd")
+	if err != nil {
+		return [2]kind{}, err
 	}
 	own := os.Getenv("GANTRY_BIN")
 	if own == "" {
 		own = "../bin"
 	}
-	own, err := filepath.Abs(own)
+	own, err = filepath.Abs(own)
 	if err != nil {
 		return [2]kind{}, err
 	}
-	out := [2]kind{{"containerd", filepath.Join(deb, "containerd"), 2}, {"gantry", filepath.Join(own, "gantryd"), 4}}
+	out := [2]kind{{"containerd", deb, 2}, {"gantry", filepath.Join(own, "gantryd"), 4}}
 	for _, k := range out {
 		if _, err := os.Stat(k.bin); err != nil {
 			return out, fmt.Errorf("%s is needed (make, scripts/deps test): %w", k.name, err)

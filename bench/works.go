@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -118,7 +117,7 @@ func files(ctx context.Context, b *bench, d *daemon) ([]sample, error) {
 // daemon, so that its CPU time is counted too.
 func create(ctx context.Context, d *daemon, id string, args ...string) (containerd.Container, error) {
 	return d.client.NewContainer(ctx, id, containerd.WithImage(d.image), containerd.WithNewSnapshot(id, d.image),
-		containerd.WithNewSpec(oci.WithImageConfig(d.image), oci.WithProcessArgs(args...), oci.WithCgroup("/"+d.group+"/"+id)))
+		containerd.WithNewSpec(oci.WithImageConfig(d.image), oci.WithProcessArgs(args...), oci.WithCgroup("/"+d.Mark+"/"+id)))
 }
 
 // exited waits for an exit with code 0.
@@ -328,7 +327,7 @@ func fleet(ctx context.Context, b *bench, shared *daemon) (_ []sample, err error
 		return nil, err
 	}
 	time.Sleep(settle)
-	empty, err := status(d.cmd.Process.Pid, "status", "VmRSS")
+	empty, err := status(d.Pid(), "status", "VmRSS")
 	if err != nil {
 		return nil, err
 	}
@@ -342,12 +341,12 @@ func fleet(ctx context.Context, b *bench, shared *daemon) (_ []sample, err error
 		}
 	}
 	time.Sleep(settle)
-	full, err := status(d.cmd.Process.Pid, "status", "VmRSS")
+	full, err := status(d.Pid(), "status", "VmRSS")
 	if err != nil {
 		return nil, err
 	}
 	var pss, shims float64
-	for pid, args := range d.processes() {
+	for pid, args := range d.Processes() {
 		if strings.Contains(args, "containerd-shim") {
 			p, err := status(pid, "smaps_rollup", "Pss")
 			if err != nil {
@@ -360,7 +359,7 @@ func fleet(ctx context.Context, b *bench, shared *daemon) (_ []sample, err error
 	if shims != n {
 		return nil, fmt.Errorf("%s has %v shims for %d containers", d.name, shims, n)
 	}
-	d.stop(syscall.SIGKILL)
+	d.kill()
 	begin := time.Now()
 	if _, err := d.start(ctx); err != nil {
 		return nil, err

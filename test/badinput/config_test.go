@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gantryd/gantry/test/daemontest"
 )
 
 // A configuration that a daemon cannot keep ends its start at once, with the
@@ -85,8 +87,7 @@ func TestBadConfigurations(t *testing.T) {
 			if b, err := os.ReadFile(dir + "/file"); err != nil || string(b) != "mine" {
 				t.Errorf("the file that was in the way: %q, %v", b, err)
 			}
-			d := &daemon{t: t, dir: dir, cmd: cmd}
-			for _, l := range d.outside() {
+			for _, l := range (&daemontest.Daemon{Dir: dir}).Leftovers() {
 				t.Errorf("left behind: %s", l)
 			}
 			err = filepath.WalkDir(dir, func(p string, e os.DirEntry, err error) error {

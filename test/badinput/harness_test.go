@@ -1,13 +1,11 @@
 package badinput
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -35,47 +33,22 @@ import (
 	"github.com/gantryd/gantry/internal/edge/wire/snapshotrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/taskrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/transferrpc"
+	"github.com/gantryd/gantry/test/daemontest"
 )
 
-// binDir has gantryd and its shim: $GANTRY_BIN, or freshly built.
+// binDir has gantryd and its shim.
 var binDir string
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		if os.Geteuid() != 0 {
-			fmt.Println("bad input is tried on a daemon that runs containers: root is needed")
-			return 1
-		}
-		binDir = os.Getenv("GANTRY_BIN")
-		if binDir == "" {
-			dir, err := os.MkdirTemp("", "gantry-bin")
-			if err != nil {
-				fmt.Println(err)
-				return 1
-			}
-			defer os.RemoveAll(dir)
-			binDir = dir
-			build := exec.Command("go", "build", "-tags", "seccomp", "-o", dir+"/", "./cmd/gantryd", "./cmd/containerd-shim-runc-v2")
-			build.Dir = "../.."
-			if out, err := build.CombinedOutput(); err != nil {
-				fmt.Printf("%v: %v\n%s", build, err, out)
-				return 1
-			}
-		}
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(daemontest.Main(m, "../..", &binDir)) }
 
 // snapshotters are those that every test host has.
 var snapshotters = []string{"overlayfs", "native"}
 
 // daemon is a gantryd with directories of its own, and a connection to it.
 type daemon struct {
+	*daemontest.Daemon
 	t    *testing.T
-	dir  string
-	cmd  *exec.Cmd
 	conn *grpc.ClientConn
-	done chan error
 	top  string // the snapshot that pullBusybox has made
 }
 
@@ -84,90 +57,34 @@ type daemon struct {
 // are its files.
 func start(t *testing.T, extra ...string) *daemon {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "gb")
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := &daemon{t: t, dir: dir, done: make(chan error, 1)}
-	address := dir + "/s.sock"
-	config := fmt.Sprintf("version = 4\nroot = %q\nstate = %q\n[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n%s\n",
-		dir+"/root", dir+"/state", address, address+".ttrpc", dir+"/shims", strings.Join(extra, "\n"))
+	d := &daemon{Daemon: daemontest.New(t, filepath.Join(binDir, "gantryd"), 4, strings.Join(extra, "\n")), t: t}
+	d.Env = []string{"TMPDIR=" + d.Dir + "/tmp"}
 	for _, sub := range []string{"tmp", "canary"} {
-		if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil {
+		if err := os.Mkdir(filepath.Join(d.Dir, sub), 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(dir+"/config.toml", []byte(config), 0o600); err != nil {
+	if err := os.WriteFile(d.Dir+"/canary/alive", []byte("tweet"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(dir+"/canary/alive", []byte("tweet"), 0o600); err != nil {
+	if err := d.Start(); err != nil {
 		t.Fatal(err)
 	}
-	log, err := os.Create(dir + "/log")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			if b, err := os.ReadFile(dir + "/log"); err == nil {
-				t.Logf("the end of the daemon's log:\n%s", b[max(0, len(b)-12000):])
-			}
-		}
-		d.sweep()
-		log.Close()
-		os.RemoveAll(dir)
-	})
-	d.cmd = exec.Command(filepath.Join(binDir, "gantryd"), "--config", dir+"/config.toml")
-	d.cmd.Stdout, d.cmd.Stderr = log, log
-	d.cmd.Env = append(os.Environ(), "TMPDIR="+dir+"/tmp", "GOTRACEBACK=all")
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := d.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() { d.done <- d.cmd.Wait() }()
 	t.Cleanup(d.end)
-	d.conn, err = grpc.NewClient("unix://"+address, wire.DialOptions()...)
-	if err != nil {
+	var err error
+	if d.conn, err = grpc.NewClient("unix://"+d.Address(), wire.DialOptions()...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.conn.Close() })
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	for {
-		_, err := namespacerpc.NewClient(d.conn).List(ctx)
-		if err == nil {
-			return d
-		}
-		select {
-		case err := <-d.done:
-			d.done <- err
-			t.Fatalf("the daemon ended: %v", err)
-		case <-ctx.Done():
-			t.Fatalf("the daemon does not serve: %v", err)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+	return d
 }
 
 // end stops the daemon and complains about what should not be.
 func (d *daemon) end() {
-	select {
-	case err := <-d.done:
-		d.t.Errorf("the daemon has ended: %v", err)
-	default:
-		d.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case err := <-d.done:
-			if err != nil {
-				d.t.Errorf("the daemon's end: %v", err)
-			}
-		case <-time.After(20 * time.Second):
-			d.t.Error("the daemon did not end within 20 s of SIGTERM")
-			d.cmd.Process.Kill()
-			<-d.done
-		}
+	if err := d.Stop(); err != nil {
+		d.t.Error(err)
 	}
-	b, err := os.ReadFile(d.dir + "/log")
+	b, err := os.ReadFile(d.Dir + "/log")
 	if err != nil {
 		d.t.Error(err)
 	}
@@ -176,7 +93,7 @@ func (d *daemon) end() {
 			d.t.Errorf("a panic: %.3000s", l)
 		}
 	}
-	for _, l := range d.outside() {
+	for _, l := range d.Leftovers() {
 		d.t.Errorf("left behind: %s", l)
 	}
 	d.canary(d.t)
@@ -185,96 +102,23 @@ func (d *daemon) end() {
 // canary checks that what is beside the daemon's directories is as it was.
 func (d *daemon) canary(t testing.TB) {
 	t.Helper()
-	if b, err := os.ReadFile(d.dir + "/canary/alive"); err != nil || string(b) != "tweet" {
+	if b, err := os.ReadFile(d.Dir + "/canary/alive"); err != nil || string(b) != "tweet" {
 		t.Errorf("the canary: %q, %v", b, err)
 	}
-	if e, err := os.ReadDir(d.dir + "/canary"); err != nil || len(e) != 1 {
+	if e, err := os.ReadDir(d.Dir + "/canary"); err != nil || len(e) != 1 {
 		t.Errorf("the canary's cage: %v, %v", e, err)
 	}
 	var st syscall.Stat_t
-	if err := syscall.Stat(d.dir+"/canary/alive", &st); err != nil || st.Nlink != 1 || st.Mode&0o777 != 0o600 {
+	if err := syscall.Stat(d.Dir+"/canary/alive", &st); err != nil || st.Nlink != 1 || st.Mode&0o777 != 0o600 {
 		t.Errorf("the canary has %d links and mode %o: %v", st.Nlink, st.Mode, err)
 	}
-	if info, err := os.Stat(d.dir + "/canary"); err != nil || info.Mode().Perm() != 0o700 {
+	if info, err := os.Stat(d.Dir + "/canary"); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("the canary's cage has mode %v: %v", info.Mode(), err)
 	}
 }
 
 // cgroups is the parent of the cgroups that this daemon's containers get.
-func (d *daemon) cgroups() string { return "/bad-" + filepath.Base(d.dir) }
-
-// outside lists what exists beside files: mounts, processes, cgroups.
-func (d *daemon) outside() []string {
-	var left []string
-	mounts, _ := os.ReadFile("/proc/self/mountinfo")
-	for _, l := range strings.Split(string(mounts), "\n") {
-		if strings.Contains(l, d.dir+"/") {
-			left = append(left, "mount "+l)
-		}
-	}
-	for pid, args := range d.processes() {
-		left = append(left, fmt.Sprintf("process %d: %s", pid, args))
-	}
-	for _, pattern := range []string{"/sys/fs/cgroup" + d.cgroups() + "/*", "/sys/fs/cgroup/*" + d.cgroups() + "/*"} {
-		dirs, _ := filepath.Glob(pattern)
-		for _, p := range dirs {
-			if info, err := os.Stat(p); err == nil && info.IsDir() {
-				left = append(left, "cgroup "+p)
-			}
-		}
-	}
-	slices.Sort(left)
-	return left
-}
-
-// processes are those of this daemon's directory, but for the daemon itself.
-func (d *daemon) processes() map[int]string {
-	out := map[int]string{}
-	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, e := range entries {
-		b, err := os.ReadFile(e)
-		if err != nil || !bytes.Contains(b, []byte(d.dir+"/")) {
-			continue
-		}
-		var pid int
-		if _, err := fmt.Sscanf(e, "/proc/%d/cmdline", &pid); err == nil && pid != os.Getpid() && pid != d.cmd.Process.Pid {
-			out[pid] = strings.ReplaceAll(string(b), "\x00", " ")
-		}
-	}
-	return out
-}
-
-// sweep removes what a failed test left, so that the next one starts clean.
-func (d *daemon) sweep() {
-	for pid := range d.processes() {
-		syscall.Kill(pid, syscall.SIGKILL)
-	}
-	for range 20 {
-		mounts, _ := os.ReadFile("/proc/self/mountinfo")
-		again := false
-		for _, l := range strings.Split(string(mounts), "\n") {
-			if f := strings.Fields(l); len(f) > 4 && strings.HasPrefix(f[4], d.dir+"/") {
-				syscall.Unmount(f[4], syscall.MNT_DETACH)
-				again = true
-			}
-		}
-		if !again {
-			break
-		}
-	}
-	for _, pattern := range []string{"/sys/fs/cgroup" + d.cgroups(), "/sys/fs/cgroup/*" + d.cgroups()} {
-		dirs, _ := filepath.Glob(pattern)
-		for _, p := range dirs {
-			filepath.WalkDir(p, func(sub string, e fs.DirEntry, err error) error { // children are removed by the second try
-				if err == nil && e.IsDir() {
-					os.Remove(sub)
-				}
-				return nil
-			})
-			os.Remove(p)
-		}
-	}
-}
+func (d *daemon) cgroups() string { return "/" + d.Mark }
 
 // timeout bounds one operation of a test.
 func (d *daemon) timeout() context.Context {
@@ -360,23 +204,23 @@ func (d *daemon) inventory() []string {
 		}
 	}
 	for _, sub := range []string{"root", "state", "shims", "tmp", "canary"} {
-		err := filepath.WalkDir(filepath.Join(d.dir, sub), func(p string, e fs.DirEntry, err error) error {
+		err := filepath.WalkDir(filepath.Join(d.Dir, sub), func(p string, e fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
 			// The files of snapshots are counted by their records.
 			if err == nil && e.IsDir() && (filepath.Base(p) == "fs" || filepath.Base(p) == "work" || filepath.Base(p) == "rootfs" || filepath.Base(filepath.Dir(p)) == "snapshots") {
-				add("directory %s", strings.TrimPrefix(p, d.dir))
+				add("directory %s", strings.TrimPrefix(p, d.Dir))
 				return fs.SkipDir
 			}
 			if err == nil && !e.IsDir() && e.Name() != ".lock" { // locks are never removed
-				add("file %s", strings.TrimPrefix(p, d.dir))
+				add("file %s", strings.TrimPrefix(p, d.Dir))
 			}
 			return err
 		})
 		check(err)
 	}
-	out = append(out, d.outside()...)
+	out = append(out, d.Leftovers()...)
 	slices.Sort(out)
 	return out
 }

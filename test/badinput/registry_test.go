@@ -442,7 +442,7 @@ func TestBadLayers(t *testing.T) {
 		return buf.Bytes()
 	}
 	up := strings.Repeat("../", 12)
-	cage := d.dir + "/canary"
+	cage := d.Dir + "/canary"
 	// A snapshot's files are five folders below the daemon's directory.
 	near := "../../../../../canary"
 	for _, tc := range []struct {

@@ -384,7 +384,7 @@ func hostile(fd protoreflect.FieldDescriptor) protoreflect.Value {
 // statuses are seen as they are on the wire.
 func (d *daemon) rawDial() *grpc.ClientConn {
 	d.t.Helper()
-	conn, err := grpc.NewClient("unix://"+d.dir+"/s.sock", grpc.WithTransportCredentials(insecure.NewCredentials()),
+	conn, err := grpc.NewClient("unix://"+d.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(wire.MaxMessage)))
 	if err != nil {
 		d.t.Fatal(err)
@@ -512,7 +512,7 @@ func TestWholeAPI(t *testing.T) {
 	d := start(t, "[plugins.'io.containerd.metadata.v1.bolt']\nno_sync = true")
 	conn := d.rawDial()
 	before := d.inventory()
-	f := filler{dir: d.dir, registry: testimage.Serve(t).Host(), target: "nobody"}
+	f := filler{dir: d.Dir, registry: testimage.Serve(t).Host(), target: "nobody"}
 	serves := map[string]bool{}
 	requests := 0
 	for _, m := range methods() {
@@ -582,11 +582,8 @@ func TestWholeAPI(t *testing.T) {
 			t.Errorf("%s leaves behind:\n%s", m.FullName(), diff)
 			before = d.inventory()
 		}
-		select {
-		case err := <-d.done:
-			d.done <- err
-			t.Fatalf("%s: the daemon has ended: %v", m.FullName(), err)
-		default:
+		if end, ended := d.Ended(0); ended {
+			t.Fatalf("%s: the daemon has ended: %v", m.FullName(), end)
 		}
 	}
 	for _, s := range served {
@@ -643,7 +640,7 @@ func TestTasksOfALiveContainer(t *testing.T) {
 	d.pullBusybox()
 	before := d.inventory()
 	conn := d.rawDial()
-	f := filler{dir: d.dir, registry: testimage.Serve(t).Host(), target: "live"}
+	f := filler{dir: d.Dir, registry: testimage.Serve(t).Host(), target: "live"}
 	var pid uint32
 	ensure := func() {
 		t.Helper()

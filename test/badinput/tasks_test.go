@@ -218,7 +218,7 @@ func TestBadContainers(t *testing.T) {
 		return func(c *container.Container) { c.Runtime.Name = name }
 	}
 	stdout := func(uri string) func(*daemon, *task.CreateOptions) {
-		return func(d *daemon, o *task.CreateOptions) { o.IO.Stdout = strings.ReplaceAll(uri, "DIR", d.dir) }
+		return func(d *daemon, o *task.CreateOptions) { o.IO.Stdout = strings.ReplaceAll(uri, "DIR", d.Dir) }
 	}
 	for _, a := range []attempt{
 		{name: "unknown runtime", record: runtime("io.containerd.nosuch.v9"), words: []string{"io.containerd.nosuch.v9", "containerd-shim-nosuch-v9"}, class: notFound},
@@ -271,7 +271,7 @@ func TestBadContainers(t *testing.T) {
 		}, may: true, class: missing},
 		{name: "mount of no file system", opts: func(_ *daemon, o *task.CreateOptions) { o.Rootfs = []mount.Mount{{Type: "nosuchfs", Source: "x"}} }, words: []string{"nosuchfs"}, class: missing},
 		{name: "root file system of nothing", opts: func(d *daemon, o *task.CreateOptions) {
-			o.Rootfs = []mount.Mount{{Type: "bind", Source: d.dir + "/none", Options: []string{"rbind"}}}
+			o.Rootfs = []mount.Mount{{Type: "bind", Source: d.Dir + "/none", Options: []string{"rbind"}}}
 		}, words: []string{"/none"}, class: missing},
 		{name: "hook of nobody", spec: func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/nonexistent/hook"}}} }, words: []string{"/nonexistent/hook"}, class: missing},
 		{name: "hook that fails", spec: func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/false"}}} }, words: []string{"hook"}, class: append(missing, errdefs.ErrUnknown, errdefs.ErrAborted, errdefs.ErrInternal)},
@@ -287,7 +287,7 @@ func TestBadContainers(t *testing.T) {
 		{name: "huge environment", spec: func(s *specs.Spec) { s.Process.Env = append(s.Process.Env, "X="+strings.Repeat("x", 200<<10)) }, words: []string{"argument list too long"}, class: append(missing, errdefs.ErrResourceExhausted)},
 		{name: "output to a FIFO that is not there", opts: stdout("DIR/none/fifo"), words: []string{"/none/fifo"}, class: missing},
 		{name: "output to a directory", opts: stdout("DIR/canary"), words: []string{"/canary"}, class: missing},
-		{name: "input from nowhere", opts: func(d *daemon, o *task.CreateOptions) { o.IO.Stdin = d.dir + "/none/in" }, words: []string{"/none/in"}, class: missing},
+		{name: "input from nowhere", opts: func(d *daemon, o *task.CreateOptions) { o.IO.Stdin = d.Dir + "/none/in" }, words: []string{"/none/in"}, class: missing},
 		{name: "output to an unknown scheme", opts: stdout("gopher://x/y"), words: []string{"gopher"}, class: append(missing, errdefs.ErrNotImplemented)},
 		{name: "output to a relative file", opts: stdout("file://relative"), words: []string{"relative"}, class: invalid},
 		{name: "output to a file that cannot be", opts: stdout("file:///proc/nothing/log"), words: []string{"/proc/nothing"}, class: append(missing, errdefs.ErrPermissionDenied)},
@@ -296,7 +296,7 @@ func TestBadContainers(t *testing.T) {
 		{name: "restore of nothing", opts: func(_ *daemon, o *task.CreateOptions) {
 			o.Checkpoint = &ocispec.Descriptor{MediaType: "application/vnd.containerd.container.criu.checkpoint.criu.tar", Digest: hello, Size: 5}
 		}, class: append(missing, errdefs.ErrNotImplemented)},
-		{name: "a shim that is not there", opts: func(d *daemon, o *task.CreateOptions) { o.APIAddress, o.APIVersion = "unix://"+d.dir+"/none.sock", 3 }, words: []string{"/none.sock"}, class: append(missing, errdefs.ErrUnavailable)},
+		{name: "a shim that is not there", opts: func(d *daemon, o *task.CreateOptions) { o.APIAddress, o.APIVersion = "unix://"+d.Dir+"/none.sock", 3 }, words: []string{"/none.sock"}, class: append(missing, errdefs.ErrUnavailable)},
 	} {
 		t.Run(a.name, func(t *testing.T) {
 			began := time.Now()
@@ -367,12 +367,12 @@ func TestBadTaskRequests(t *testing.T) {
 	criu := []error{errdefs.ErrNotImplemented, errdefs.ErrFailedPrecondition, errdefs.ErrNotFound, errdefs.ErrInvalidArgument}
 	check("checkpoint into the content store", second(ts.Checkpoint(ctx, "live", "", typed.Any{})), []string{"checkpoint"}, criu...)
 	if _, err := exec.LookPath("criu"); err != nil {
-		b, err := proto.Marshal(&runcoptions.CheckpointOptions{ImagePath: d.dir + "/tmp/image"})
+		b, err := proto.Marshal(&runcoptions.CheckpointOptions{ImagePath: d.Dir + "/tmp/image"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		check("checkpoint without criu", second(ts.Checkpoint(ctx, "live", "", typed.Any{URL: "containerd.runc.v1.CheckpointOptions", Value: b})), []string{"criu"}, criu...)
-		if err := os.RemoveAll(d.dir + "/tmp/image"); err != nil { // its maker is who asked for it
+		if err := os.RemoveAll(d.Dir + "/tmp/image"); err != nil { // its maker is who asked for it
 			t.Error(err)
 		}
 	}
@@ -394,7 +394,7 @@ func TestBadTaskRequests(t *testing.T) {
 			}
 		}), "message"},
 		{"a user out of range", process(func(p *specs.Process) { p.User.UID = 1<<32 - 1 }), "4294967295"},
-		{"a FIFO that is not there", func() task.ExecOptions { o := process(nil); o.IO.Stdout = d.dir + "/none/fifo"; return o }(), "/none/fifo"},
+		{"a FIFO that is not there", func() task.ExecOptions { o := process(nil); o.IO.Stdout = d.Dir + "/none/fifo"; return o }(), "/none/fifo"},
 		{"an unknown scheme", func() task.ExecOptions { o := process(nil); o.IO.Stdout = "gopher://x"; return o }(), "gopher"},
 	} {
 		err := ts.Exec(ctx, "live", "e", e.opts)

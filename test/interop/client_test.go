@@ -262,7 +262,7 @@ func TestClientRun(t *testing.T) {
 	events, errs := c.Subscribe(sub, `namespace==default,topic~=|^/tasks/|`)
 	var out, errOut buffer
 	ctr := container(t, c, "run", img)
-	task, wait := start(t, ctr, cio.NewCreator(cio.WithStreams(nil, &out, &errOut), cio.WithFIFODir(d.dir)))
+	task, wait := start(t, ctr, cio.NewCreator(cio.WithStreams(nil, &out, &errOut), cio.WithFIFODir(d.Dir)))
 	if code := exit(t, wait); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
@@ -304,7 +304,7 @@ func TestClientTerminal(t *testing.T) {
 	in, typed := io.Pipe()
 	var out buffer
 	ctr := container(t, c, "term", img, oci.WithTTY, oci.WithProcessArgs("/bin/sh"))
-	task, wait := start(t, ctr, cio.NewCreator(cio.WithStreams(in, &out, nil), cio.WithTerminal, cio.WithFIFODir(d.dir)))
+	task, wait := start(t, ctr, cio.NewCreator(cio.WithStreams(in, &out, nil), cio.WithTerminal, cio.WithFIFODir(d.Dir)))
 	if err := task.Resize(ctx, 97, 31); err != nil {
 		t.Errorf("resize: %v", err)
 	}
@@ -377,7 +377,7 @@ func TestClientTask(t *testing.T) {
 	proc := *spec.Process
 	proc.Args = []string{"/bin/sh", "-c", "read line; echo got $line; echo err >&2; exit 5"}
 	var out, errOut buffer
-	execed, err := task.Exec(ctx, "e1", &proc, cio.NewCreator(cio.WithStreams(strings.NewReader("input\n"), &out, &errOut), cio.WithFIFODir(d.dir)))
+	execed, err := task.Exec(ctx, "e1", &proc, cio.NewCreator(cio.WithStreams(strings.NewReader("input\n"), &out, &errOut), cio.WithFIFODir(d.Dir)))
 	if err != nil {
 		t.Fatalf("exec: %v", err)
 	}

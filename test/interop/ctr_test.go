@@ -20,7 +20,7 @@ type ctr struct {
 func (c ctr) try(args ...string) (string, string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, c.path, append([]string{"-a", c.address}, args...)...)
+	cmd := exec.CommandContext(ctx, c.path, append([]string{"-a", c.Address()}, args...)...)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err := cmd.Run()
@@ -65,7 +65,7 @@ func TestCtr(t *testing.T) {
 	}
 
 	// Events of all that follows.
-	events := exec.Command(c.path, "-a", d.address, "events")
+	events := exec.Command(c.path, "-a", d.Address(), "events")
 	var stream buffer
 	events.Stdout = &stream
 	if err := events.Start(); err != nil {
@@ -120,7 +120,7 @@ func TestCtr(t *testing.T) {
 	c.has(c.run("namespaces", "ls"), "default", "other", "a=b")
 	c.run("namespaces", "rm", "other")
 
-	tar := filepath.Join(d.dir, "image.tar")
+	tar := filepath.Join(d.Dir, "image.tar")
 	c.run("images", "export", tar, ref)
 	c.run("images", "rm", "--sync", ref)
 	if out := c.run("content", "ls", "-q"); out != "" {
@@ -135,14 +135,14 @@ func TestCtr(t *testing.T) {
 		t.Errorf("the imported image printed %q", out)
 	}
 	c.run("-n", "imported", "images", "rm", "--sync", ref)
-	if left, err := os.ReadDir(d.dir + "/root/io.containerd.content.v1.content/blobs/sha256"); err != nil || len(left) > 0 {
+	if left, err := os.ReadDir(d.Dir + "/root/io.containerd.content.v1.content/blobs/sha256"); err != nil || len(left) > 0 {
 		t.Errorf("blobs left on disk: %v, %v", left, err)
 	}
 }
 
 // shimLife runs, executes, kills and deletes with a runtime given by path.
 func shimLife(t *testing.T, c ctr, runtime string) {
-	ref, made := "example.org/busybox:latest", testArchive(t, c.dir)
+	ref, made := "example.org/busybox:latest", testArchive(t, c.Dir)
 	c.run("images", "import", made)
 	if out := c.run("run", "--rm", "--runtime", runtime, ref, "one"); out != "hello from yes\ngreetings from the second layer\n" {
 		t.Errorf("run --rm printed %q", out)

@@ -4,7 +4,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -17,7 +16,7 @@ import (
 // contract: 4.4.3, 3.1.2, 4.1.1, 4.1.8, 3.1.3
 func TestRecordedRoot(t *testing.T) {
 	d := newGantry(t)
-	if out, err := exec.Command("tar", "-C", d.dir, "-xzf", "../../internal/engine/testdata/containerd-2.4-root.tgz").CombinedOutput(); err != nil {
+	if out, err := exec.Command("tar", "-C", d.Dir, "-xzf", "../../internal/engine/testdata/containerd-2.4-root.tgz").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	d.start()
@@ -77,7 +76,7 @@ func TestRecordedRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out buffer
-	task, wait := start(t, box, cio.NewCreator(cio.WithStreams(nil, &out, &out), cio.WithFIFODir(d.dir)))
+	task, wait := start(t, box, cio.NewCreator(cio.WithStreams(nil, &out, &out), cio.WithFIFODir(d.Dir)))
 	if code := exit(t, wait); code != 7 {
 		t.Errorf("exit code %d", code)
 	}
@@ -89,15 +88,8 @@ func TestRecordedRoot(t *testing.T) {
 	}
 	d.stop()
 
-	d.bin = debian(t, "containerd")
-	config := strings.NewReplacer("version = 4", "version = 2", "[plugins.'io.containerd.server.v1.grpc']", "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]",
-		"[plugins.'io.containerd.server.v1.ttrpc']", "[ttrpc]", "[plugins.'io.containerd.shim.v1.manager']\nsocket_dir", "#")
-	path := d.dir + "/config.toml"
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, []byte(config.Replace(string(b))), 0o600); err != nil {
+	d.Bin = debian(t, "containerd")
+	if err := d.Configure(2, ""); err != nil {
 		t.Fatal(err)
 	}
 	d.start()
