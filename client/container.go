@@ -67,6 +67,7 @@ type ContainerOptions struct {
 	Snapshotter string
 	Runtime     container.Runtime // DefaultRuntime if it has no name
 	Labels      map[string]string
+	Extensions  map[string]typed.Any
 	// User is as in an image's configuration, that of the image if "".
 	User   string
 	Groups []string // further groups, by name or number
@@ -144,7 +145,7 @@ func CreateContainer(ctx context.Context, src view.Source, ns namespace.ID, o Co
 		return none, err
 	}
 	c := container.Container{ID: o.ID, Image: o.Image, Runtime: o.Runtime, Snapshotter: o.Snapshotter, SnapshotKey: key,
-		Labels: oci.ContainerLabels(info.Config.Config, o.Labels)}
+		Labels: oci.ContainerLabels(info.Config.Config, o.Labels), Extensions: o.Extensions}
 	if c.Runtime.Name == "" {
 		c.Runtime.Name = DefaultRuntime
 	}

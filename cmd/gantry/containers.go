@@ -419,10 +419,10 @@ func (a *app) remove(ctx context.Context, v view.View, c container.Container, fo
 	return ignoreNotFound(client.DeleteContainer(ctx, v, c.ID))
 }
 
-// keptDir is the folder of a container's kept output, "" if there is none. The
-// label may be anybody's: only what looks like ours is believed.
+// keptDir is the folder of a container's kept output, "" if there is none. Another
+// client may have written the note: only what looks like ours is believed.
 func keptDir(c container.Container) string {
-	u, err := url.Parse(c.Labels[labelLog])
+	u, err := url.Parse(c.Note(noteLog))
 	if err != nil || u.Scheme != "file" || !filepath.IsAbs(u.Path) || filepath.Clean(u.Path) != u.Path {
 		return ""
 	}

@@ -98,10 +98,10 @@ func parseSince(s string, now time.Time) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("--since %q: use a time such as 2026-01-02T15:04:05Z, or a duration such as 10m", s)
 }
 
-// logFiles finds where a container's output is kept: its label says it, or its
+// logFiles finds where a container's output is kept: a note says it, or its
 // task's output goes to a file.
 func logFiles(c container.Container, stdout string) (path string, ok bool) {
-	for _, s := range []string{c.Labels[labelLog], stdout} {
+	for _, s := range []string{c.Note(noteLog), stdout} {
 		if u, err := url.Parse(s); err == nil && u.Scheme == "file" && u.Path != "" {
 			return u.Path, true
 		}

@@ -28,11 +28,11 @@ import (
 	"github.com/gantryd/gantry/oci"
 )
 
-// Labels that the command line puts on its containers.
+// What the command line notes of its containers (container.Notes).
 const (
-	labelLog = "io.gantry.log"   // where the output of a detached container is kept
-	labelRm  = "io.gantry.rm"    // removed when it ends
-	labelIn  = "io.gantry.stdin" // a FIFO is kept for its standard input
+	noteLog = "io.gantry.log"   // where the output of a detached container is kept
+	noteRm  = "io.gantry.rm"    // "true": removed when it ends
+	noteIn  = "io.gantry.stdin" // "true": a FIFO is kept for its standard input
 )
 
 // logFolder is where kept output is, in the daemon's root directory: one
@@ -197,7 +197,7 @@ func newID() (string, error) {
 
 // create makes a container, and pulls its image first if it is not there.
 // keepLog says that its output is to be kept.
-func (a *app) create(ctx context.Context, c *createFlags, args []string, keepLog bool, labels map[string]string) (container.Container, error) {
+func (a *app) create(ctx context.Context, c *createFlags, args []string, keepLog bool, notes map[string]string) (container.Container, error) {
 	var none container.Container
 	v, err := a.view(ctx)
 	if err != nil {
@@ -214,9 +214,6 @@ func (a *app) create(ctx context.Context, c *createFlags, args []string, keepLog
 	own, _, err := parseLabels(c.labels)
 	if err != nil {
 		return none, err
-	}
-	for k, v := range labels {
-		own[k] = v
 	}
 	facts, err := client.HostFacts(c.privileged || len(c.devices) > 0)
 	if err != nil {
@@ -252,14 +249,14 @@ func (a *app) create(ctx context.Context, c *createFlags, args []string, keepLog
 			return none, err
 		}
 		u := url.URL{Scheme: "file", Path: filepath.Join(dir, "log"), RawQuery: url.Values{"format": {"cri"}, "max-size": {strconv.FormatInt(limit, 10)}, "max-files": {strconv.Itoa(c.logFiles)}}.Encode()}
-		own[labelLog] = u.String()
+		notes[noteLog] = u.String()
 		if c.interactive {
-			own[labelIn] = "true"
+			notes[noteIn] = "true"
 		}
 	}
 	return client.CreateContainer(ctx, a.client, v.Namespace(), client.ContainerOptions{
 		ID: container.ID(c.name), Image: name, Platform: platform, Snapshotter: sn, Runtime: rt,
-		Labels: own, User: c.user, Groups: c.groups, Facts: facts, Spec: opts,
+		Labels: own, Extensions: container.Notes(notes), User: c.user, Groups: c.groups, Facts: facts, Spec: opts,
 	})
 }
 
@@ -309,7 +306,7 @@ func (a *app) createCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "create IMAGE [COMMAND [ARG...]]", Short: "Make a container without starting it", GroupID: "run", Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctr, err := a.create(cmd.Context(), &c, args, true, nil)
+			ctr, err := a.create(cmd.Context(), &c, args, true, map[string]string{})
 			if err == nil {
 				fmt.Fprintln(a.out, ctr.ID)
 			}
@@ -333,11 +330,11 @@ func (a *app) runCommand() *cobra.Command {
 					return err
 				}
 			}
-			labels := map[string]string{}
+			notes := map[string]string{}
 			if rm && detach {
-				labels[labelRm] = "true" // nobody stays here to do it: the daemon does
+				notes[noteRm] = "true" // nobody stays here to do it: the daemon does
 			}
-			ctr, err := a.create(ctx, &c, args, detach, labels)
+			ctr, err := a.create(ctx, &c, args, detach, notes)
 			if err != nil {
 				return err
 			}
@@ -386,12 +383,12 @@ func (a *app) startDetached(ctx context.Context, v view.View, c container.Contai
 	if err != nil {
 		return err
 	}
-	log := c.Labels[labelLog]
+	log := c.Note(noteLog)
 	tio := task.IO{Stdout: log, Stderr: log, Terminal: spec.Process != nil && spec.Process.Terminal}
 	if tio.Terminal {
 		tio.Stderr = ""
 	}
-	if c.Labels[labelIn] == "true" {
+	if c.Note(noteIn) == "true" {
 		if tio.Stdin, err = stdinFIFO(c); err != nil {
 			return err
 		}

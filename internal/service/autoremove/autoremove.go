@@ -1,6 +1,6 @@
 // Package autoremove removes the containers that are to go when they end, so
-// that nobody need stay connected for it: those that carry the label below.
-// Nothing that runs is ever touched, nor a container without the label.
+// that nobody need stay connected for it: those that carry the note below.
+// Nothing that runs is ever touched, nor a container without the note.
 package autoremove
 
 import (
@@ -21,8 +21,8 @@ import (
 	"github.com/gantryd/gantry/core/view"
 )
 
-// Label asks for it, with the value "true".
-const Label = "io.gantry.rm"
+// Note asks for it, with the text "true" (container.Notes).
+const Note = "io.gantry.rm"
 
 // timeout bounds the removal of one container.
 const timeout = time.Minute
@@ -106,9 +106,11 @@ func (s *Service) sweep(ctx context.Context) error {
 		}
 		var ids []container.ID
 		if err := v.Containers().Walk(ctx, func(c container.Container) error {
-			ids = append(ids, c.ID)
+			if c.Note(Note) == "true" {
+				ids = append(ids, c.ID)
+			}
 			return nil
-		}, fmt.Sprintf("labels.%q==true", Label)); err != nil {
+		}); err != nil {
 			return err
 		}
 		for _, id := range ids {
@@ -121,7 +123,7 @@ func (s *Service) sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// ended removes a container whose first process has ended, if its label says so.
+// ended removes a container whose first process has ended, if its note says so.
 func (s *Service) ended(ctx context.Context, ns namespace.ID, id container.ID) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -133,7 +135,7 @@ func (s *Service) ended(ctx context.Context, ns namespace.ID, id container.ID) e
 		return err
 	}
 	c, err := v.Containers().Get(ctx, id)
-	if errdefs.IsNotFound(err) || err == nil && c.Labels[Label] != "true" {
+	if errdefs.IsNotFound(err) || err == nil && c.Note(Note) != "true" {
 		return nil
 	}
 	if err != nil {

@@ -39,7 +39,7 @@ func (w *world) List(context.Context) ([]namespace.Namespace, error) {
 }
 
 // start makes and starts a container with everything that belongs to it.
-func (w *world) start(t *testing.T, id container.ID, labels map[string]string) {
+func (w *world) start(t *testing.T, id container.ID, labels, notes map[string]string) {
 	t.Helper()
 	ctx := t.Context()
 	if _, err := w.snapshots.Prepare(ctx, string(id), "", nil); err != nil {
@@ -48,7 +48,7 @@ func (w *world) start(t *testing.T, id container.ID, labels map[string]string) {
 	if err := os.MkdirAll(filepath.Join(w.logs, "ns", string(id)), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.containers.Create(ctx, container.Container{ID: id, Labels: labels, Runtime: container.Runtime{Name: "io.containerd.runc.v2"},
+	if _, err := w.containers.Create(ctx, container.Container{ID: id, Labels: labels, Extensions: container.Notes(notes), Runtime: container.Runtime{Name: "io.containerd.runc.v2"},
 		Snapshotter: "s", SnapshotKey: string(id), Spec: typed.Any{URL: "types.containerd.io/opencontainers/runtime-spec/1/Spec", Value: []byte(`{"process":{"args":["sleep"],"cwd":"/"}}`)}}); err != nil {
 		t.Fatal(err)
 	}
@@ -71,16 +71,17 @@ func (w *world) state(t *testing.T, id container.ID) (gone, all bool) {
 	return gone, cerr == nil && serr == nil && terr == nil && lerr == nil
 }
 
-// A labelled container goes when it ends, with all that is its own, whether
-// the service was there then or not. Others and those that run stay.
+// A container with the note goes when it ends, with all that is its own, whether
+// the service was there then or not. Others and those that run stay,
+// also one that has a label of that name: that may come from its image.
 func TestAutoremove(t *testing.T) {
 	bus, containers := memory.NewBus(), memory.NewContainers()
 	w := &world{containers: containers, snapshots: memory.NewSnapshots(), tasks: memory.NewTasks("ns", containers, bus), bus: bus, logs: t.TempDir()}
-	rm := map[string]string{Label: "true"}
-	w.start(t, "before", rm)
-	w.start(t, "other", nil)
-	w.start(t, "after", rm)
-	w.start(t, "runs", rm)
+	rm := map[string]string{Note: "true"}
+	w.start(t, "before", nil, rm)
+	w.start(t, "other", rm, nil)
+	w.start(t, "after", nil, rm)
+	w.start(t, "runs", nil, rm)
 	kill := func(id container.ID) {
 		t.Helper()
 		if err := w.tasks.Kill(t.Context(), id, "", 9, true); err != nil {
