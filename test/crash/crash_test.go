@@ -122,7 +122,7 @@ func TestKill(t *testing.T) {
 		case err := <-finished:
 			finished <- err
 		}
-		d.kill()
+		d.Kill()
 		killed := time.Now()
 		moments = append(moments, killed)
 		first := <-finished

@@ -30,25 +30,22 @@ func TestNameIsFree(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.stop()
-	if err := os.Mkdir(d.dir+"/tmp", 0o700); err != nil {
+	if err := os.Mkdir(d.Dir+"/tmp", 0o700); err != nil {
 		t.Fatal(err)
 	}
 	killed := 0
 	for k := 1; ; k++ {
-		create := client.ContainerOptions{ID: container.ID(fmt.Sprintf("c%d", k)), Image: b.base, Snapshotter: overlay.Name, Facts: b.facts, TempDir: d.dir + "/tmp"}
+		create := client.ContainerOptions{ID: container.ID(fmt.Sprintf("c%d", k)), Image: b.base, Snapshotter: overlay.Name, Facts: b.facts, TempDir: d.Dir + "/tmp"}
 		d.start(fmt.Sprintf("GANTRY_FAULT=meta.committed:%d", k))
 		_, err := client.CreateContainer(ctx, d.c, d.ns, create)
 		if err == nil {
 			d.stop()
 			break
 		}
-		select {
-		case <-d.done:
-			d.cmd = nil
-			killed++
-		case <-time.After(5 * time.Second):
+		if _, ended := d.Ended(5 * time.Second); !ended {
 			t.Fatalf("at transaction %d: %v, and the daemon lives", k, err)
 		}
+		killed++
 		d.start()
 		_, found := d.v.Containers().Get(ctx, create.ID)
 		if _, err := client.CreateContainer(ctx, d.c, d.ns, create); err != nil && !(found == nil && errdefs.IsAlreadyExists(err)) {

@@ -4,7 +4,6 @@
 package crash
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,10 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -31,92 +27,44 @@ import (
 	"github.com/gantryd/gantry/internal/engine/boltmeta"
 	"github.com/gantryd/gantry/internal/engine/native"
 	"github.com/gantryd/gantry/internal/engine/overlay"
+	"github.com/gantryd/gantry/test/daemontest"
 )
 
-// binDir has gantryd and its shim: $GANTRY_BIN, or freshly built.
+// binDir has gantryd and its shim.
 var binDir string
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		if os.Geteuid() != 0 {
-			fmt.Println("skipped: the tests of crashes need root, they run containers")
-			return 0
-		}
-		binDir = os.Getenv("GANTRY_BIN")
-		if binDir == "" {
-			dir, err := os.MkdirTemp("", "gantry-bin")
-			if err != nil {
-				fmt.Println(err)
-				return 1
-			}
-			defer os.RemoveAll(dir)
-			binDir = dir
-			build := exec.Command("go", "build", "-tags", "seccomp", "-o", dir+"/", "./cmd/gantryd", "./cmd/containerd-shim-runc-v2")
-			build.Dir = "../.."
-			if out, err := build.CombinedOutput(); err != nil {
-				fmt.Printf("%v: %v\n%s", build, err, out)
-				return 1
-			}
-		}
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(daemontest.Main(m, "../..", &binDir)) }
 
-// daemon is a gantryd with root, state and sockets of its own, and the
-// namespace that the test works in, which no one else on the machine has.
+// daemon is a gantryd, its clients, and the namespace that the test works in,
+// which no one else on the machine has.
 type daemon struct {
-	t    *testing.T
-	dir  string
-	ns   namespace.ID
-	cmd  *exec.Cmd
-	done chan error
-	log  *os.File
-	c    *client.Client
-	v    view.View
+	*daemontest.Daemon
+	t  *testing.T
+	ns namespace.ID
+	c  *client.Client
+	v  view.View
 }
 
 func newDaemon(t *testing.T) *daemon {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "gc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := &daemon{t: t, dir: dir, ns: namespace.ID(fmt.Sprintf("crash-%d-%s", os.Getpid(), filepath.Base(dir)))}
-	config := fmt.Sprintf("version = 4\nroot = %q\nstate = %q\n[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n",
-		dir+"/root", dir+"/state", d.socket(), d.socket()+".ttrpc", dir+"/shims")
-	if err := os.WriteFile(dir+"/config.toml", []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if d.log, err = os.Create(dir + "/log"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		d.stop()
-		if t.Failed() {
-			if b, err := os.ReadFile(dir + "/log"); err == nil {
-				t.Logf("the daemon's log:\n%s", b[max(0, len(b)-30000):])
-			}
+	d := &daemon{t: t}
+	t.Cleanup(func() { // after all processes have been swept
+		if d.ns != "" {
+			os.RemoveAll(d.runcState())
 		}
-		d.sweep()
-		d.log.Close()
-		os.RemoveAll(dir)
 	})
+	d.Daemon = daemontest.New(t, filepath.Join(binDir, "gantryd"), 4, "")
+	d.ns = namespace.ID(d.Mark)
+	t.Cleanup(d.stop)
 	return d
 }
-
-func (d *daemon) socket() string { return d.dir + "/s" }
 
 // spawn runs the daemon and does not wait for it.
 func (d *daemon) spawn(env ...string) {
 	d.t.Helper()
-	d.cmd = exec.Command(filepath.Join(binDir, "gantryd"), "--config", d.dir+"/config.toml")
-	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
-	d.cmd.Env = append(append(os.Environ(), "GOTRACEBACK=all"), env...)
-	if err := d.cmd.Start(); err != nil {
+	if err := d.Spawn(env...); err != nil {
 		d.t.Fatal(err)
 	}
-	d.done = make(chan error, 1)
-	go func(cmd *exec.Cmd, done chan error) { done <- cmd.Wait() }(d.cmd, d.done)
 }
 
 // start runs the daemon until it serves, and returns how long that took.
@@ -133,28 +81,14 @@ func (d *daemon) start(env ...string) time.Duration {
 // connect makes the client of a daemon that has just been started. It is an
 // error if it has ended, by a signal or by itself.
 func (d *daemon) connect() error {
-	for deadline := time.Now().Add(20 * time.Second); ; {
-		// gRPC waits longer and longer between its attempts; this does not.
-		c, err := net.Dial("unix", d.socket())
-		if err == nil {
-			c.Close()
-			break
-		}
-		select {
-		case err := <-d.done:
-			d.done <- err
-			return fmt.Errorf("the daemon has ended: %w", err)
-		case <-time.After(time.Millisecond):
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("the daemon does not serve within 20 s: %w", err)
-		}
+	if err := d.Listening(); err != nil {
+		return err
 	}
 	if d.c != nil {
 		d.c.Close()
 	}
 	var err error
-	if d.c, err = client.Dial(d.socket()); err != nil {
+	if d.c, err = client.Dial(d.Address()); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
@@ -166,73 +100,16 @@ func (d *daemon) connect() error {
 	return err
 }
 
-// kill is kill -9.
-func (d *daemon) kill() {
-	d.cmd.Process.Kill()
-	<-d.done
-	d.cmd = nil
-}
-
 // stop ends the daemon with SIGTERM, and with kill -9 if it does not obey.
 func (d *daemon) stop() {
+	d.t.Helper()
 	if d.c != nil {
 		d.c.Close()
 		d.c = nil
 	}
-	if d.cmd == nil {
-		return
+	if err := d.Stop(); err != nil {
+		d.t.Error(err)
 	}
-	d.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-d.done:
-	case <-time.After(15 * time.Second):
-		d.t.Error("the daemon did not end within 15 s of SIGTERM")
-		d.cmd.Process.Kill()
-		<-d.done
-	}
-	d.cmd = nil
-}
-
-// processes are those whose command line names this daemon's directory or
-// namespace.
-func (d *daemon) processes() map[int]string {
-	out := map[int]string{}
-	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, e := range entries {
-		b, err := os.ReadFile(e)
-		if err != nil || !bytes.Contains(b, []byte(d.dir+"/")) && !bytes.Contains(b, []byte(d.ns)) {
-			continue
-		}
-		pid, err := strconv.Atoi(strings.Split(e, "/")[2])
-		if err == nil && pid != os.Getpid() {
-			out[pid] = strings.ReplaceAll(string(b), "\x00", " ")
-		}
-	}
-	return out
-}
-
-// mounts are those of this daemon.
-func (d *daemon) mounts() []string {
-	var out []string
-	b, _ := os.ReadFile("/proc/self/mountinfo")
-	for _, l := range strings.Split(string(b), "\n") {
-		if strings.Contains(l, d.dir+"/") {
-			out = append(out, l)
-		}
-	}
-	return out
-}
-
-// cgroups are those of the test's namespace.
-func (d *daemon) cgroups() []string {
-	var out []string
-	filepath.WalkDir("/sys/fs/cgroup", func(path string, e fs.DirEntry, err error) error {
-		if err == nil && e.IsDir() && strings.Contains(path, string(d.ns)) {
-			out = append(out, path)
-		}
-		return nil
-	})
-	return out
 }
 
 // runcState is where shims keep what they know of the containers of the
@@ -241,20 +118,7 @@ func (d *daemon) runcState() string { return filepath.Join("/run/containerd/runc
 
 // leftovers is what a daemon that was emptied and stopped should have removed.
 func (d *daemon) leftovers() []string {
-	var left []string
-	for pid, args := range d.processes() {
-		left = append(left, fmt.Sprintf("process %d: %s", pid, args))
-	}
-	for _, m := range d.mounts() {
-		left = append(left, "mount "+m)
-	}
-	for _, c := range d.cgroups() {
-		// The parent that is named after the namespace is shared by its
-		// containers, so none of them removes it; containerd leaves it too.
-		if filepath.Base(c) != string(d.ns) {
-			left = append(left, "cgroup "+c)
-		}
-	}
+	left := d.Leftovers()
 	below := func(what, pattern string) {
 		found, _ := filepath.Glob(pattern) // names with a dot as well
 		for _, f := range found {
@@ -263,16 +127,14 @@ func (d *daemon) leftovers() []string {
 			}
 		}
 	}
-	const tasks = "/io.containerd.runtime.v2.task/*/*"
-	below("bundle", d.dir+"/state"+tasks)
-	below("work directory", d.dir+"/root"+tasks)
-	below("shim socket", d.dir+"/shims/*")
+	below("work directory", d.Dir+"/root/io.containerd.runtime.v2.task/*/*")
+	below("shim socket", d.Dir+"/shims/*")
 	below("runtime state", d.runcState()+"/*")
-	below("ingest", d.dir+"/root/io.containerd.content.v1.content/ingest/*")
-	below("blob", d.dir+"/root/io.containerd.content.v1.content/blobs/*/*")
-	below("snapshot", d.dir+"/root/io.containerd.snapshotter.v1.*/snapshots/*")
-	below("temporary mount", d.dir+"/root/tmpmounts/*")
-	filepath.WalkDir(d.dir, func(path string, e fs.DirEntry, err error) error {
+	below("ingest", d.Dir+"/root/io.containerd.content.v1.content/ingest/*")
+	below("blob", d.Dir+"/root/io.containerd.content.v1.content/blobs/*/*")
+	below("snapshot", d.Dir+"/root/io.containerd.snapshotter.v1.*/snapshots/*")
+	below("temporary mount", d.Dir+"/root/tmpmounts/*")
+	filepath.WalkDir(d.Dir, func(path string, e fs.DirEntry, err error) error {
 		if err == nil && e.Type()&(fs.ModeNamedPipe|fs.ModeSocket) != 0 {
 			left = append(left, fmt.Sprintf("%v %s", e.Type(), path))
 		}
@@ -281,55 +143,17 @@ func (d *daemon) leftovers() []string {
 	return left
 }
 
-// sweep removes what a failed test left, so that the next one starts clean.
-func (d *daemon) sweep() {
-	for pid := range d.processes() {
-		syscall.Kill(pid, syscall.SIGKILL)
-	}
-	for _, c := range d.cgroups() {
-		if b, err := os.ReadFile(c + "/cgroup.procs"); err == nil {
-			for _, f := range strings.Fields(string(b)) {
-				if pid, err := strconv.Atoi(f); err == nil && pid > 1 {
-					syscall.Kill(pid, syscall.SIGKILL)
-				}
-			}
-		}
-	}
-	for range 20 {
-		mounts := d.mounts()
-		if len(mounts) == 0 {
-			break
-		}
-		for _, l := range mounts {
-			if f := strings.Fields(l); len(f) > 4 {
-				syscall.Unmount(f[4], syscall.MNT_DETACH)
-			}
-		}
-	}
-	for range 50 {
-		cgroups := d.cgroups()
-		if len(cgroups) == 0 {
-			break
-		}
-		for i := len(cgroups) - 1; i >= 0; i-- {
-			syscall.Rmdir(cgroups[i])
-		}
-		time.Sleep(10 * time.Millisecond) // for the processes to end
-	}
-	os.RemoveAll(d.runcState())
-}
-
 // fsck opens a copy of the root directory as the next daemon will, completes
 // what was interrupted, and returns what is wrong with it. The daemon must not
 // run.
 func (d *daemon) fsck() []string {
 	d.t.Helper()
-	dir, err := os.MkdirTemp(d.dir, "fsck")
+	dir, err := os.MkdirTemp(d.Dir, "fsck")
 	if err != nil {
 		d.t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	if out, err := exec.Command("cp", "-a", "--reflink=auto", d.dir+"/root/.", dir).CombinedOutput(); err != nil {
+	if out, err := exec.Command("cp", "-a", "--reflink=auto", d.Dir+"/root/.", dir).CombinedOutput(); err != nil {
 		d.t.Fatalf("copy the root directory: %v: %s", err, out)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -423,7 +247,7 @@ func (d *daemon) record() *recorder {
 	go func() {
 		defer close(r.ended)
 		for ctx.Err() == nil {
-			c, err := net.Dial("unix", d.socket())
+			c, err := net.Dial("unix", d.Address())
 			if err != nil {
 				select {
 				case <-ctx.Done():
@@ -446,7 +270,7 @@ func (r *recorder) stop() {
 
 // listen takes events from one life of the daemon.
 func (r *recorder) listen(ctx context.Context) {
-	c, err := client.Dial(r.d.socket())
+	c, err := client.Dial(r.d.Address())
 	if err != nil {
 		return
 	}

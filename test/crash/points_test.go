@@ -91,15 +91,11 @@ func (b *bench) point(events *recorder, resident box, point string) {
 		err = pulled.undo(ctx)
 		cancel()
 	}
-	select {
-	case end := <-d.done:
-		d.cmd = nil
-		if end == nil || !strings.Contains(end.Error(), "killed") {
-			d.t.Errorf("at %s the daemon ended with %v", point, end)
-		}
-	case <-time.After(3 * time.Second):
+	if end, ended := d.Ended(3 * time.Second); !ended {
 		d.t.Errorf("the daemon was not killed at %s: it did not pass there (%v)", point, err)
 		d.stop()
+	} else if end == nil || !strings.Contains(end.Error(), "killed") {
+		d.t.Errorf("at %s the daemon ended with %v", point, end)
 	}
 	if !alive(resident.pid) {
 		d.t.Errorf("a container has ended with the daemon at %s", point)

@@ -18,7 +18,7 @@ import (
 // shimOf returns the pid of a container's shim.
 func (d *daemon) shimOf(id container.ID) int {
 	d.t.Helper()
-	for pid, args := range d.processes() {
+	for pid, args := range d.Processes() {
 		if strings.Contains(args, "containerd-shim-runc-v2") && strings.Contains(args, "-id "+string(id)+" ") {
 			return pid
 		}
@@ -54,7 +54,7 @@ func TestShimAndDaemonDie(t *testing.T) {
 		}
 		shim := d.shimOf(victim.id)
 		if c.daemon {
-			d.kill()
+			d.Kill()
 		}
 		if c.process { // its exit status dies with the shim
 			syscall.Kill(int(victim.pid), syscall.SIGKILL)

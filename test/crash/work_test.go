@@ -386,7 +386,7 @@ func (b *bench) execs(in container.ID) *work {
 	w := &work{name: "exec", exits: map[process]task.Exit{}}
 	// The FIFOs are the client's, who lives on: one set for all attempts.
 	var out bytes.Buffer
-	st, err := client.NewStdio(b.dir+"/fifo", client.Streams{Stdout: &out})
+	st, err := client.NewStdio(b.Dir+"/fifo", client.Streams{Stdout: &out})
 	if err != nil {
 		b.t.Fatal(err)
 	}
