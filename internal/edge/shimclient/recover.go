@@ -345,9 +345,15 @@ func (t *entry) evict(ctx context.Context) {
 	if x != nil {
 		t.setExit(*x)
 	}
+	// The shim may still have to tell how the task ended: it was deleted just
+	// before the last daemon died, and nobody else knows any more.
+	grace := m.limit.Grace
+	if !closed(t.exited) {
+		grace *= 4
+	}
 	select {
 	case <-t.deleted:
-	case <-time.After(m.limit.Grace):
+	case <-time.After(grace):
 	case <-ctx.Done():
 	}
 	t.setExit(task.Exit{Status: statusUnknownExit})

@@ -7,7 +7,6 @@ package publish
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -18,8 +17,9 @@ import (
 	eventsapi "github.com/containerd/containerd/api/services/ttrpc/events/v1"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -39,7 +39,7 @@ const (
 type Publisher struct {
 	address, namespace string
 	log                *slog.Logger
-	wake               chan struct{}
+	wake, retry        chan struct{}
 
 	mu     sync.Mutex // guards the queue only
 	queue  []*types.Envelope
@@ -51,7 +51,7 @@ type Publisher struct {
 // New returns a publisher for the daemon's ttrpc address. With an empty
 // address events are dropped.
 func New(address, namespace string, log *slog.Logger) *Publisher {
-	return &Publisher{address: strings.TrimPrefix(address, "unix://"), namespace: namespace, log: log, wake: make(chan struct{}, 1)}
+	return &Publisher{address: strings.TrimPrefix(address, "unix://"), namespace: namespace, log: log, wake: make(chan struct{}, 1), retry: make(chan struct{}, 1)}
 }
 
 // Publish queues an event; it never waits. When 2048 are waiting the oldest
@@ -77,6 +77,15 @@ func (p *Publisher) Publish(topic string, event proto.Message) {
 	p.queue = append(p.queue, e)
 	p.mu.Unlock()
 	p.kick()
+}
+
+// Retry ends the pause before the next attempt: there is a reason to believe
+// that the daemon is back. It never waits.
+func (p *Publisher) Retry() {
+	select {
+	case p.retry <- struct{}{}:
+	default:
+	}
 }
 
 func (p *Publisher) kick() {
@@ -162,18 +171,25 @@ func (p *Publisher) deliver(ctx context.Context, e *types.Envelope) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(pause):
+			pause = min(2*pause, lastPause)
+		case <-p.retry:
+			pause = firstPause
 		}
-		pause = min(2*pause, lastPause)
 	}
 }
 
-// answered tells an error that the daemon gave from one of the connection.
+// answered tells an error that the daemon gave from one of the connection: only
+// the former is a status, and not every status is an answer.
 func answered(err error) bool {
-	if errors.Is(err, ttrpc.ErrClosed) || errors.Is(err, context.DeadlineExceeded) {
+	st, ok := status.FromError(err)
+	if !ok {
 		return false
 	}
-	err = errgrpc.ToNative(err)
-	return !errdefs.IsUnavailable(err) && !errdefs.IsDeadlineExceeded(err) && !errdefs.IsCanceled(err)
+	switch st.Code() {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return false
+	}
+	return true
 }
 
 func (p *Publisher) send(ctx context.Context, e *types.Envelope) error {

@@ -129,6 +129,30 @@ func TestOrderAcrossRestarts(t *testing.T) {
 	}
 }
 
+// An event waits as long as the daemon is away: that its socket is not there is
+// no answer. Retry does not wait for the pause, which has grown to seconds.
+//
+// contract: 1.4.1
+// promise: P19
+func TestRetry(t *testing.T) {
+	path := socket(t)
+	p := New(path, "ns", slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	p.Publish("/tasks/oom", &events.TaskOOM{ContainerID: "a"})
+	time.Sleep(1700 * time.Millisecond) // 50+100+200+400+800 ms: the next pause is 1.6 s
+	s := &sink{}
+	s.serve(t, path)
+	began := time.Now()
+	p.Retry()
+	s.await(t, 1)
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("the event came after %v", took)
+	}
+}
+
 // contract: 1.4.1
 func TestQueueIsBounded(t *testing.T) {
 	p := New("/no/such/socket", "ns", slog.New(slog.DiscardHandler))

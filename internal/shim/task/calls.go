@@ -379,6 +379,9 @@ func (s *Service) CloseIO(ctx context.Context, r *taskapi.CloseIORequest) (*empt
 // Connect tells who is here. It works for an unknown container too: the daemon
 // asks before it has created one.
 func (s *Service) Connect(ctx context.Context, r *taskapi.ConnectRequest) (*taskapi.ConnectResponse, error) {
+	// Who connects is a daemon, perhaps a new one, that wants to know what
+	// happened while it was away.
+	s.Events.Retry()
 	res := &taskapi.ConnectResponse{ShimPid: uint32(os.Getpid()), Version: s.Version}
 	if c, err := s.find(r.ID); err == nil {
 		s.mu.Lock()

@@ -59,6 +59,8 @@ const (
 // Publisher takes events; it must not wait.
 type Publisher interface {
 	Publish(topic string, event proto.Message)
+	// Retry sends at once what waits for the daemon to come back.
+	Retry()
 }
 
 // Config is what the service stands on.
