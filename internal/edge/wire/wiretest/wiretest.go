@@ -43,7 +43,8 @@ func Serve(t testing.TB, register func(*grpc.Server)) *grpc.ClientConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := grpc.NewServer(wire.ServerOptions(slog.New(slog.DiscardHandler), 0, 0, nil)...)
+	// Stop waits for the handlers, which may still put things away.
+	srv := grpc.NewServer(append(wire.ServerOptions(slog.New(slog.DiscardHandler), 0, 0, nil), grpc.WaitForHandlers(true))...)
 	register(srv)
 	done := make(chan struct{})
 	go func() {
