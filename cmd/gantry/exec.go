@@ -217,6 +217,7 @@ func (a *app) attach(ctx context.Context, v view.View, c container.Container, p 
 		return 0, err
 	}
 	defer restore()
+	began := time.Now() // the answer to what is typed may be kept before it is looked for
 	stdio, err := client.AttachStdio(paths, streams)
 	if err != nil {
 		return 0, err
@@ -228,7 +229,7 @@ func (a *app) attach(ctx context.Context, v view.View, c container.Container, p 
 		defer a.forward(waiting, v, c.ID, "", p.IO.Terminal)()
 	}
 	if kept {
-		l := &logReader{files: files, out: a.out, err: a.err, follow: true, tail: 0}
+		l := &logReader{files: files, out: a.out, err: a.err, follow: true, tail: 0, fresh: began}
 		if err := l.run(waiting, a.ended(waiting, v, c.ID)); err != nil {
 			return 0, err
 		}

@@ -163,6 +163,9 @@ type logReader struct {
 	json   bool
 	tail   int // lines to begin with, -1 for all
 	since  time.Time
+	// fresh, if not zero, is when the reader began to be of interest: what was
+	// written from then on is shown, though tail leaves out what was before.
+	fresh time.Time
 
 	held    []logLine // the last lines, until tail is known
 	lines   int       // complete ones in held
@@ -342,7 +345,7 @@ func (l *logReader) line(b []byte) error {
 	if !p.raw && p.at.Before(l.since) {
 		return nil
 	}
-	if !l.holding {
+	if !l.holding || l.tail == 0 && !l.fresh.IsZero() && !p.raw && !p.at.Before(l.fresh) {
 		return l.show(p)
 	}
 	if l.tail == 0 {

@@ -293,3 +293,26 @@ func TestLegible(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+// What a container answers to what is typed is shown, also when it was kept
+// before the reader looked; what was kept before is not.
+//
+// promise: P20
+func TestAttachMissesNothing(t *testing.T) {
+	began := time.Now()
+	path := filepath.Join(t.TempDir(), "log")
+	text := began.Add(-time.Second).Format(time.RFC3339Nano) + " stdout F before\n" + began.Add(time.Millisecond).Format(time.RFC3339Nano) + " stdout F after\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	close(ended)
+	var out bytes.Buffer
+	l := &logReader{files: path, out: &out, err: &out, follow: true, tail: 0, fresh: began}
+	if err := l.run(t.Context(), ended); err != nil {
+		t.Fatal(err)
+	}
+	if out.String() != "after\n" {
+		t.Errorf("shown: %q", out.String())
+	}
+}
