@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/core/container"
-	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/lease"
 	"github.com/gantryd/gantry/core/mount"
 	"github.com/gantryd/gantry/core/namespace"
@@ -172,11 +171,6 @@ func DeleteContainer(ctx context.Context, v view.View, id container.ID) error {
 		}
 	}
 	return v.Containers().Delete(ctx, id)
-}
-
-// DeleteImage is Images().Delete that waits until the disk space is free.
-func DeleteImage(ctx context.Context, v view.View, name string) error {
-	return v.Images().Delete(ctx, name, image.DeleteOptions{Sync: true})
 }
 
 func ignore(err, class error) error {

@@ -1,6 +1,7 @@
 package event
 
 import (
+	"encoding/json"
 	"strconv"
 	"time"
 
@@ -309,7 +310,7 @@ func (p TaskCheckpointed) Field(f []string) (string, bool) {
 func (r Raw) Field([]string) (string, bool) { return "", false }
 
 // MarshalJSON shows the encoded value.
-func (r Raw) MarshalJSON() ([]byte, error) { return marshalAny(r.Any) }
+func (r Raw) MarshalJSON() ([]byte, error) { return json.Marshal(r.Any) }
 
 // lookup finds a field among name, value pairs, or below "labels".
 func lookup(path []string, labels map[string]string, pairs ...string) (string, bool) {

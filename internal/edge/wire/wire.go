@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"math"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -189,6 +188,3 @@ type nativeStream struct{ grpc.ClientStream }
 
 func (s nativeStream) SendMsg(m any) error { return native(s.ClientStream.SendMsg(m)) }
 func (s nativeStream) RecvMsg(m any) error { return native(s.ClientStream.RecvMsg(m)) }
-
-// Limit clamps an int to what an int32 field can hold.
-func Limit(n int) int32 { return int32(max(math.MinInt32, min(math.MaxInt32, n))) }
