@@ -152,7 +152,8 @@ func newDaemonAway(t testing.TB) *daemon {
 	return d
 }
 
-// serve listens for events until the test ends or stop is called.
+// serve listens for events until the test ends or stop is called, which lets
+// the calls under way be answered: a shim repeats what was not.
 func (d *daemon) serve() (stop func()) {
 	d.t.Helper()
 	server, err := ttrpc.NewServer()
@@ -165,7 +166,13 @@ func (d *daemon) serve() (stop func()) {
 		d.t.Fatal(err)
 	}
 	go server.Serve(context.Background(), l)
-	stop = sync.OnceFunc(func() { server.Close() })
+	stop = sync.OnceFunc(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := server.Shutdown(ctx); err != nil {
+			d.t.Errorf("stop to listen for events: %v", err)
+		}
+	})
 	d.t.Cleanup(stop)
 	return stop
 }

@@ -33,7 +33,7 @@ import (
 
 const (
 	unifiedRoot = "/sys/fs/cgroup"
-	loadRetries = 5
+	loadTries   = 6
 	loadPause   = 2 * time.Millisecond
 )
 
@@ -58,13 +58,7 @@ func Load(pid int) (*Group, error) {
 		}
 		return loadUnified(unifiedRoot, group)
 	}
-	path := cgroup1.PidPath(pid)
-	cg, err := cgroup1.Load(path)
-	// Lines of the mount table can be missed while others mount and unmount.
-	for try := 0; err != nil && try < loadRetries; try++ {
-		time.Sleep(loadPause)
-		cg, err = cgroup1.Load(path)
-	}
+	cg, path, err := loadLegacy(pid)
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of process %d: %w", pid, err)
 	}
@@ -83,6 +77,62 @@ func Load(pid int) (*Group, error) {
 		return nil, fmt.Errorf("process %d is in no cgroup of its own: %w", pid, errdefs.ErrNotFound)
 	}
 	return g, nil
+}
+
+// loadLegacy finds the v1 group. The usual places are tried first, without a
+// look at the mount table: lines of it can be missed for as long as others
+// mount and unmount.
+func loadLegacy(pid int) (cgroup1.Cgroup, cgroup1.Path, error) {
+	paths, err := cgroup1.ParseCgroupFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	if err != nil {
+		return nil, nil, err
+	}
+	path := func(name cgroup1.Name) (string, error) {
+		for _, key := range []string{string(name), "name=" + string(name)} {
+			if p, ok := paths[key]; ok {
+				return p, nil
+			}
+		}
+		return "", cgroup1.ErrControllerNotActive
+	}
+	if cg, err := cgroup1.Load(path, cgroup1.WithHierarchy(usualHierarchy)); err == nil {
+		return cg, path, nil
+	}
+	var cg cgroup1.Cgroup
+	for range loadTries {
+		path := cgroup1.PidPath(pid)
+		if cg, err = cgroup1.Load(path); err == nil {
+			return cg, path, nil
+		}
+		time.Sleep(loadPause)
+	}
+	return nil, nil, err
+}
+
+// usualHierarchy lists the v1 controllers that are mounted below
+// /sys/fs/cgroup, each in the directory of its name.
+func usualHierarchy() ([]cgroup1.Subsystem, error) {
+	known := []cgroup1.Subsystem{
+		cgroup1.NewNamed(unifiedRoot, "systemd"), cgroup1.NewFreezer(unifiedRoot), cgroup1.NewPids(unifiedRoot),
+		cgroup1.NewCpuset(unifiedRoot), cgroup1.NewCpu(unifiedRoot), cgroup1.NewCpuacct(unifiedRoot),
+		cgroup1.NewMemory(unifiedRoot), cgroup1.NewBlkio(unifiedRoot), cgroup1.NewRdma(unifiedRoot),
+		cgroup1.NewNetCls(unifiedRoot), cgroup1.NewNetPrio(unifiedRoot), cgroup1.NewPerfEvent(unifiedRoot),
+		cgroup1.NewDevices(unifiedRoot),
+	}
+	if h, err := cgroup1.NewHugetlb(unifiedRoot); err == nil { // it fails where huge pages are unknown
+		known = append(known, h)
+	}
+	var found []cgroup1.Subsystem
+	for _, s := range known {
+		var st unix.Statfs_t
+		if err := unix.Statfs(filepath.Join(unifiedRoot, string(s.Name())), &st); err == nil && st.Type == unix.CGROUP_SUPER_MAGIC {
+			found = append(found, s)
+		}
+	}
+	if len(found) == 0 {
+		return nil, cgroup1.ErrMountPointNotExist
+	}
+	return found, nil
 }
 
 func loadUnified(root, group string) (*Group, error) {

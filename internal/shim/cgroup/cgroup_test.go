@@ -4,11 +4,16 @@ package cgroup
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/containerd/cgroups/v3"
 	v2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
@@ -111,4 +116,70 @@ func TestSignalAllIsCareful(t *testing.T) {
 	if b, _ := os.ReadFile(dir + "/cgroup.kill"); string(b) != "1" {
 		t.Errorf("cgroup.kill holds %q", b)
 	}
+}
+
+// The group is found every time, however much others mount meanwhile.
+// contract: 5.3.6
+func TestLoadWhileMounting(t *testing.T) {
+	if cgroups.Mode() == cgroups.Unified || os.Getuid() != 0 {
+		t.Skip("needs cgroup v1 and root")
+	}
+	dir := filepath.Join(unifiedRoot, "memory", "gantry-cgroup-test-"+strconv.Itoa(os.Getpid()))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if err := os.Remove(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(cmd.Process.Pid)), 0); err != nil {
+		t.Fatal(err)
+	}
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 4 {
+		at := t.TempDir()
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := unix.Mount("tmpfs", at, "tmpfs", 0, ""); err != nil {
+					t.Error(err)
+					return
+				}
+				if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range 200 {
+		g, err := Load(cmd.Process.Pid)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		if g.memory1 != dir {
+			t.Errorf("memory group %s, want %s", g.memory1, dir)
+			break
+		}
+		pids, err := g.Pids()
+		if err != nil || !slices.Equal(pids, []int{cmd.Process.Pid}) {
+			t.Errorf("processes %v, %v", pids, err)
+			break
+		}
+	}
+	close(stop)
+	wg.Wait()
 }
