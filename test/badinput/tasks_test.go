@@ -168,10 +168,6 @@ type attempt struct {
 func (d *daemon) try(t *testing.T, a attempt) error {
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	mounts, err := d.snapshots("overlayfs").Prepare(ctx, "bad", d.top, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	defer d.remove("bad")
 	c := container.Container{ID: "bad", Runtime: container.Runtime{Name: runc}, Spec: pack(t, typeSpec, d.spec("bad", a.spec)), Snapshotter: "overlayfs", SnapshotKey: "bad"}
 	if a.raw != nil {
@@ -182,6 +178,11 @@ func (d *daemon) try(t *testing.T, a attempt) error {
 	}
 	if _, err := d.containers().Create(ctx, c); err != nil {
 		return err
+	}
+	// The record keeps the snapshot alive, so it has to be there first.
+	mounts, err := d.snapshots("overlayfs").Prepare(ctx, "bad", d.top, nil)
+	if err != nil {
+		t.Fatal(err)
 	}
 	o := task.CreateOptions{Rootfs: mounts}
 	if a.opts != nil {

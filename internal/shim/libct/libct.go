@@ -191,8 +191,16 @@ func (c *container) killAll() {
 	}
 }
 
+// early calls kill when there may not be anything yet: libcontainer panics when
+// it is asked about a first process that was not started.
+func early(kill func()) {
+	defer func() { _ = recover() }()
+	kill()
+}
+
 // bounded runs fn, which takes no context. When the context ends first it
-// kills what fn waits for, which makes it return.
+// kills what fn waits for, which makes it return; again and again, because
+// what is to be killed may be about to be born.
 func bounded(ctx context.Context, fn func() error, kill func()) error {
 	done := make(chan error, 1)
 	go func() { done <- fn() }()
@@ -201,15 +209,19 @@ func bounded(ctx context.Context, fn func() error, kill func()) error {
 		return err
 	case <-ctx.Done():
 	}
-	kill()
-	select {
-	case err := <-done:
-		if err == nil {
-			err = errors.New("it was started too late and killed")
+	deadline := time.After(killTimeout)
+	for {
+		early(kill)
+		select {
+		case err := <-done:
+			if err == nil {
+				err = errors.New("it was started too late and killed")
+			}
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		case <-deadline:
+			return fmt.Errorf("the runtime does not end: %w", context.Cause(ctx))
+		case <-time.After(20 * time.Millisecond):
 		}
-		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
-	case <-time.After(killTimeout):
-		return fmt.Errorf("the runtime does not end: %w", context.Cause(ctx))
 	}
 }
 

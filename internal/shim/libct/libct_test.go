@@ -3,6 +3,9 @@
 package libct
 
 import (
+	"context"
+	"errors"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -99,5 +102,23 @@ func TestConvert(t *testing.T) {
 	}
 	if _, err := convert(driver.Create{ID: "c1", Bundle: "/bundle", Spec: &specs.Spec{}}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("no root: %v", err)
+	}
+}
+
+// What is started late is killed late; that libcontainer panics when there is
+// nothing to kill yet does not matter.
+func TestBounded(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	killed := make(chan struct{})
+	calls := 0
+	err := bounded(ctx, func() error { <-killed; return errors.New("signal: killed") }, func() {
+		if calls++; calls < 3 {
+			panic("no process yet")
+		}
+		close(killed)
+	})
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") || calls != 3 {
+		t.Errorf("%d kills: %v", calls, err)
 	}
 }
