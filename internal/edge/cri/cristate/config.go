@@ -1,0 +1,208 @@
+package cristate
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// The blocks of the configuration (contract 7.4, Appendix B).
+const (
+	RuntimeURI = "io.containerd.cri.v1.runtime"
+	ImagesURI  = "io.containerd.cri.v1.images"
+)
+
+// RuntimeConfig is the block of pods and containers.
+type RuntimeConfig struct {
+	EnableSELinux                      bool     `toml:"enable_selinux"`
+	SELinuxCategoryRange               int      `toml:"selinux_category_range"`
+	MaxContainerLogLineSize            int      `toml:"max_container_log_line_size"`
+	DisableAppArmor                    bool     `toml:"disable_apparmor"`
+	RestrictOOMScoreAdj                bool     `toml:"restrict_oom_score_adj"`
+	DisableProcMount                   bool     `toml:"disable_proc_mount"`
+	UnsetSeccompProfile                string   `toml:"unset_seccomp_profile"`
+	TolerateMissingHugetlbController   bool     `toml:"tolerate_missing_hugetlb_controller"`
+	DisableHugetlbController           bool     `toml:"disable_hugetlb_controller"`
+	DeviceOwnershipFromSecurityContext bool     `toml:"device_ownership_from_security_context"`
+	IgnoreImageDefinedVolumes          bool     `toml:"ignore_image_defined_volumes"`
+	NetNSMountsUnderStateDir           bool     `toml:"netns_mounts_under_state_dir"`
+	EnableUnprivilegedPorts            bool     `toml:"enable_unprivileged_ports"`
+	EnableUnprivilegedICMP             bool     `toml:"enable_unprivileged_icmp"`
+	EnableCDI                          bool     `toml:"enable_cdi"`
+	CDISpecDirs                        []string `toml:"cdi_spec_dirs"`
+	DrainExecSyncIOTimeout             string   `toml:"drain_exec_sync_io_timeout"`
+	IgnoreDeprecationWarnings          []string `toml:"ignore_deprecation_warnings"`
+	StatsCollectPeriod                 string   `toml:"stats_collect_period"`
+	StatsRetentionPeriod               string   `toml:"stats_retention_period"`
+	EnableCRIU                         bool     `toml:"enable_criu"`
+
+	Containerd RuntimesConfig `toml:"containerd"`
+	CNI        CNIConfig      `toml:"cni"`
+}
+
+// RuntimesConfig is the table of runtime handlers.
+type RuntimesConfig struct {
+	DefaultRuntimeName            string             `toml:"default_runtime_name"`
+	IgnoreBlockIONotEnabledErrors bool               `toml:"ignore_blockio_not_enabled_errors"`
+	IgnoreRdtNotEnabledErrors     bool               `toml:"ignore_rdt_not_enabled_errors"`
+	Runtimes                      map[string]Runtime `toml:"runtimes"`
+}
+
+// Runtime is a runtime handler (contract 7.3.1).
+type Runtime struct {
+	Type                                          string         `toml:"runtime_type"`
+	Path                                          string         `toml:"runtime_path"`
+	PodAnnotations                                []string       `toml:"pod_annotations"`
+	ContainerAnnotations                          []string       `toml:"container_annotations"`
+	Options                                       map[string]any `toml:"options"`
+	PrivilegedWithoutHostDevices                  bool           `toml:"privileged_without_host_devices"`
+	PrivilegedWithoutHostDevicesAllDevicesAllowed bool           `toml:"privileged_without_host_devices_all_devices_allowed"`
+	CgroupWritable                                bool           `toml:"cgroup_writable"`
+	BaseRuntimeSpec                               string         `toml:"base_runtime_spec"`
+	CNIConfDir                                    string         `toml:"cni_conf_dir"`
+	CNIMaxConfNum                                 int            `toml:"cni_max_conf_num"`
+	Snapshotter                                   string         `toml:"snapshotter"`
+	// Sandboxer is the controller of its pods: "podsandbox" (a pause container),
+	// "shim" (the shim's Sandbox API), or "pauseless", which is Gantry's own: no
+	// process and no image, unless a pod asks for a shared PID namespace (promise P55).
+	Sandboxer             string `toml:"sandboxer"`
+	DisablePauseImagePull bool   `toml:"disable_pause_image_pull"`
+	IOType                string `toml:"io_type"`
+}
+
+// The sandboxers.
+const (
+	SandboxerPodSandbox = "podsandbox"
+	SandboxerShim       = "shim"
+	SandboxerPauseless  = "pauseless"
+)
+
+// CNIConfig is the block of pod networks (contract 7.3.21).
+type CNIConfig struct {
+	BinDir              string   `toml:"bin_dir"` // deprecated
+	BinDirs             []string `toml:"bin_dirs"`
+	ConfDir             string   `toml:"conf_dir"`
+	MaxConfNum          int      `toml:"max_conf_num"`
+	SetupSerially       bool     `toml:"setup_serially"`
+	ConfTemplate        string   `toml:"conf_template"`
+	IPPref              string   `toml:"ip_pref"` // "ipv4", "ipv6" or "cni"
+	UseInternalLoopback bool     `toml:"use_internal_loopback"`
+}
+
+// ImagesConfig is the block of images (contract 7.4.3).
+type ImagesConfig struct {
+	Snapshotter                string                     `toml:"snapshotter"`
+	DisableSnapshotAnnotations bool                       `toml:"disable_snapshot_annotations"`
+	DiscardUnpackedLayers      bool                       `toml:"discard_unpacked_layers"`
+	MaxConcurrentDownloads     int                        `toml:"max_concurrent_downloads"`
+	ConcurrentLayerFetchBuffer int                        `toml:"concurrent_layer_fetch_buffer"`
+	ImagePullProgressTimeout   time.Duration              `toml:"image_pull_progress_timeout"`
+	ImagePullWithSyncFS        bool                       `toml:"image_pull_with_sync_fs"`
+	StatsCollectPeriod         int                        `toml:"stats_collect_period"` // seconds
+	UseLocalImagePull          bool                       `toml:"use_local_image_pull"`
+	PinnedImages               map[string]string          `toml:"pinned_images"`
+	RuntimePlatforms           map[string]RuntimePlatform `toml:"runtime_platforms"`
+	Registry                   RegistryConfig             `toml:"registry"`
+	ImageDecryption            struct {
+		KeyModel string `toml:"key_model"`
+	} `toml:"image_decryption"`
+}
+
+// RuntimePlatform says what a runtime handler's images are unpacked for.
+type RuntimePlatform struct {
+	Platform    string `toml:"platform"`
+	Snapshotter string `toml:"snapshotter"`
+}
+
+// RegistryConfig says how registries are reached; all but ConfigPath and
+// Headers is deprecated.
+type RegistryConfig struct {
+	ConfigPath string                    `toml:"config_path"`
+	Mirrors    map[string]RegistryMirror `toml:"mirrors"`
+	Configs    map[string]RegistryHost   `toml:"configs"`
+	Auths      map[string]RegistryAuth   `toml:"auths"`
+	Headers    map[string][]string       `toml:"headers"`
+}
+
+// RegistryMirror lists the addresses to ask for a registry's images.
+type RegistryMirror struct {
+	Endpoints []string `toml:"endpoint"`
+}
+
+// RegistryHost is how one host is reached.
+type RegistryHost struct {
+	Auth *RegistryAuth `toml:"auth"`
+	TLS  *struct {
+		InsecureSkipVerify bool   `toml:"insecure_skip_verify"`
+		CAFile             string `toml:"ca_file"`
+		CertFile           string `toml:"cert_file"`
+		KeyFile            string `toml:"key_file"`
+	} `toml:"tls"`
+}
+
+// RegistryAuth are credentials in a file.
+type RegistryAuth struct {
+	Username      string `toml:"username"`
+	Password      string `toml:"password"`
+	Auth          string `toml:"auth"`
+	IdentityToken string `toml:"identitytoken"`
+}
+
+// ServerConfig is the block of the server and of streaming (contract 7.4.1).
+type ServerConfig struct {
+	DisableTCPService   bool   `toml:"disable_tcp_service"`
+	StreamServerAddress string `toml:"stream_server_address"`
+	StreamServerPort    string `toml:"stream_server_port"`
+	StreamIdleTimeout   string `toml:"stream_idle_timeout"`
+	EnableTLSStreaming  bool   `toml:"enable_tls_streaming"`
+	X509KeyPair         struct {
+		CertFile string `toml:"tls_cert_file"`
+		KeyFile  string `toml:"tls_key_file"`
+	} `toml:"x509_key_pair_streaming"`
+}
+
+// PauseImage is what a pod's first process runs (contract 7.3.26).
+const PauseImage = "registry.k8s.io/pause:3.10.2"
+
+// DefaultRuntimeConfig is containerd's.
+func DefaultRuntimeConfig() RuntimeConfig {
+	return RuntimeConfig{
+		SELinuxCategoryRange: 1024, MaxContainerLogLineSize: 16 << 10, TolerateMissingHugetlbController: true, DisableHugetlbController: true,
+		EnableUnprivilegedPorts: true, EnableUnprivilegedICMP: true, EnableCDI: true, CDISpecDirs: []string{"/etc/cdi", "/var/run/cdi"},
+		DrainExecSyncIOTimeout: "0s", EnableCRIU: true,
+		Containerd: RuntimesConfig{DefaultRuntimeName: "runc", Runtimes: map[string]Runtime{"runc": {Type: "io.containerd.runc.v2", Sandboxer: SandboxerPodSandbox}}},
+		CNI:        CNIConfig{BinDirs: []string{"/opt/cni/bin"}, ConfDir: "/etc/cni/net.d", MaxConfNum: 1},
+	}
+}
+
+// DefaultImagesConfig is containerd's.
+func DefaultImagesConfig() ImagesConfig {
+	c := ImagesConfig{Snapshotter: "overlayfs", DisableSnapshotAnnotations: true, MaxConcurrentDownloads: 3, ImagePullProgressTimeout: 5 * time.Minute,
+		StatsCollectPeriod: 10, PinnedImages: map[string]string{"sandbox": PauseImage}}
+	c.ImageDecryption.KeyModel = "node"
+	return c
+}
+
+// DefaultServerConfig is containerd's.
+func DefaultServerConfig() ServerConfig {
+	return ServerConfig{DisableTCPService: true, StreamServerAddress: "127.0.0.1", StreamServerPort: "0", StreamIdleTimeout: "4h0m0s"}
+}
+
+// Handler returns a runtime handler and its name; "" is the default one.
+// ErrNotFound, naming those there are.
+func (c RuntimeConfig) Handler(name string) (string, Runtime, error) {
+	if name == "" {
+		name = c.Containerd.DefaultRuntimeName
+	}
+	r, ok := c.Containerd.Runtimes[name]
+	if !ok {
+		return "", Runtime{}, fmt.Errorf("runtime handler %q is not configured, there are %q: %w", name, slices.Sorted(maps.Keys(c.Containerd.Runtimes)), errdefs.ErrNotFound)
+	}
+	if r.Sandboxer == "" {
+		r.Sandboxer = SandboxerPodSandbox
+	}
+	return name, r, nil
+}
