@@ -73,6 +73,14 @@ func (s Status) State() runtime.ContainerState {
 	return runtime.ContainerState_CONTAINER_UNKNOWN
 }
 
+// Facts are read from a container's specification and its record, when it is
+// made and again at every start of the daemon.
+type Facts struct {
+	// User is who its first process runs as.
+	User                     *runtime.ContainerUser
+	Snapshotter, SnapshotKey string
+}
+
 // Container is a container of a pod. Its values may be read at any time;
 // configurations in them are shared and must not be changed.
 type Container struct {
@@ -82,6 +90,7 @@ type Container struct {
 	mu   sync.Mutex // guards the rest; taken after save, never held over I/O
 	meta ContainerMeta
 	st   Status
+	fact Facts
 	gone chan struct{} // closed when the process has ended
 }
 
@@ -114,6 +123,20 @@ func (c *Container) ChangeMeta(fn func(*ContainerMeta)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	fn(&c.meta)
+}
+
+// Facts returns what was set by SetFacts.
+func (c *Container) Facts() Facts {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.fact
+}
+
+// SetFacts replaces the facts.
+func (c *Container) SetFacts(f Facts) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fact = f
 }
 
 // Status returns the status.
