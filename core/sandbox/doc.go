@@ -1,5 +1,5 @@
-// Package sandbox is the record of a pod: what several containers share. Only
-// the store is here; controllers come with Kubernetes.
+// Package sandbox is the record of a pod, what several containers share, and
+// the controllers that run what the record describes.
 package sandbox
 
 import (
