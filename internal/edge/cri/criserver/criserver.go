@@ -1,0 +1,598 @@
+// Package criserver is the kubelet's side of the CRI: it checks requests, calls
+// cripod, cricontainer, criimage, cristream and cristats, and answers in the
+// API's messages. It keeps nothing of its own but the readiness that it tells.
+package criserver
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	goruntime "runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+)
+
+// Pods is cripod.
+type Pods interface {
+	Run(ctx context.Context, config *runtime.PodSandboxConfig, handler string) (id string, err error)
+	Stop(ctx context.Context, id string) error
+	Remove(ctx context.Context, id string) error
+	UpdateResources(ctx context.Context, id string, overhead, resources *runtime.LinuxContainerResources) error
+	// Info is what a verbose status tells, as JSON.
+	Info(ctx context.Context, id string) (map[string]string, error)
+}
+
+// Containers is cricontainer.
+type Containers interface {
+	Create(ctx context.Context, podID string, config *runtime.ContainerConfig, pod *runtime.PodSandboxConfig) (id string, err error)
+	Start(ctx context.Context, id string) error
+	Stop(ctx context.Context, id string, grace time.Duration) error
+	Remove(ctx context.Context, id string) error
+	UpdateResources(ctx context.Context, id string, linux *runtime.LinuxContainerResources, annotations map[string]string) error
+	ReopenLog(ctx context.Context, id string) error
+	Checkpoint(ctx context.Context, id, location string, timeout time.Duration) error
+	Info(ctx context.Context, id string) (map[string]string, error)
+}
+
+// Streams is cristream.
+type Streams interface {
+	ExecSync(ctx context.Context, id string, command []string, timeout time.Duration) (*runtime.ExecSyncResponse, error)
+	GetExec(*runtime.ExecRequest) (*runtime.ExecResponse, error)
+	GetAttach(*runtime.AttachRequest) (*runtime.AttachResponse, error)
+	GetPortForward(*runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
+}
+
+// Stats is cristats.
+type Stats interface {
+	ContainerStats(ctx context.Context, id string) (*runtime.ContainerStats, error)
+	ListContainerStats(ctx context.Context, filter *runtime.ContainerStatsFilter) ([]*runtime.ContainerStats, error)
+	PodSandboxStats(ctx context.Context, id string) (*runtime.PodSandboxStats, error)
+	ListPodSandboxStats(ctx context.Context, filter *runtime.PodSandboxStatsFilter) ([]*runtime.PodSandboxStats, error)
+	MetricDescriptors() []*runtime.MetricDescriptor
+	PodSandboxMetrics(ctx context.Context) ([]*runtime.PodSandboxMetrics, error)
+}
+
+// Network is cni.
+type Network interface {
+	// Status is nil if pods of the handler can get a network.
+	Status(handler string) error
+	// Info describes the networks of a handler, for verbose answers.
+	Info(handler string) json.RawMessage
+	UpdatePodCIDR(ctx context.Context, cidr string) error
+}
+
+// Images is criimage; its answers are those of the image service.
+type Images interface {
+	runtime.ImageServiceServer
+	Names(imageID string) cristate.ImageNames
+}
+
+// Features says what a runtime handler can do (contract 13.30).
+type Features struct {
+	RecursiveReadOnly, UserNamespaces bool
+}
+
+// Deps is what the server is made of. All must be set but Ready, Deprecations and Config.
+type Deps struct {
+	Notifier   *cristate.Notifier
+	Pods       Pods
+	Containers Containers
+	Images     Images
+	Streams    Streams
+	Stats      Stats
+	Network    Network
+	Runtime    cristate.RuntimeConfig
+	// Features of a handler; asked at each Status, so it has to be quick.
+	Features func(ctx context.Context, handler string, r cristate.Runtime) Features
+	// Opened is nil when requests may be served; else an ErrUnavailable (contract 7.1.24).
+	Opened func() error
+	// Ready is nil if what pods need works; else it names what fails.
+	Ready func() error
+	// Deprecations are the warnings that are shown, by id.
+	Deprecations map[string]string
+	// Config is shown in verbose answers.
+	Config any
+	// Driver is the cgroup driver that containers are made with.
+	Driver  runtime.CgroupDriver
+	Version string
+	Log     *slog.Logger
+}
+
+// Server serves runtime.v1 (contract 1.3.42, 7). It is safe for concurrent use.
+type Server struct {
+	runtime.UnimplementedRuntimeServiceServer
+	d    Deps
+	pods *cristate.Index[*cristate.Pod]
+	all  *cristate.Index[*cristate.Container]
+}
+
+// New makes a server.
+func New(d Deps) *Server {
+	return &Server{d: d, pods: d.Notifier.Pods, all: d.Notifier.Containers}
+}
+
+// Register adds both services to r.
+func (s *Server) Register(r grpc.ServiceRegistrar) {
+	r = gate{r, s.d.Opened}
+	runtime.RegisterRuntimeServiceServer(r, s)
+	runtime.RegisterImageServiceServer(r, s.d.Images)
+}
+
+// gate lets requests in when opened allows it.
+type gate struct {
+	grpc.ServiceRegistrar
+	opened func() error
+}
+
+func (g gate) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	gated := *desc
+	gated.Methods, gated.Streams = slices.Clone(desc.Methods), slices.Clone(desc.Streams)
+	for i, m := range desc.Methods {
+		gated.Methods[i].Handler = func(srv any, ctx context.Context, dec func(any) error, in grpc.UnaryServerInterceptor) (any, error) {
+			if err := g.opened(); err != nil {
+				return nil, errgrpc.ToGRPC(err)
+			}
+			return m.Handler(srv, ctx, dec, in)
+		}
+	}
+	for i, st := range desc.Streams {
+		gated.Streams[i].Handler = func(srv any, out grpc.ServerStream) error {
+			if err := g.opened(); err != nil {
+				return err
+			}
+			return st.Handler(srv, out)
+		}
+	}
+	g.ServiceRegistrar.RegisterService(&gated, impl)
+}
+
+// Version tells the API's and the program's version. The name is containerd's,
+// because clients choose by it what they dare (contract 7).
+func (s *Server) Version(context.Context, *runtime.VersionRequest) (*runtime.VersionResponse, error) {
+	return &runtime.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: s.d.Version, RuntimeApiVersion: "v1"}, nil
+}
+
+// Status tells whether pods can be run (contract 7.1.2, promise P34).
+func (s *Server) Status(ctx context.Context, r *runtime.StatusRequest) (*runtime.StatusResponse, error) {
+	condition := func(kind, reason string, err error) *runtime.RuntimeCondition {
+		if err == nil {
+			return &runtime.RuntimeCondition{Type: kind, Status: true}
+		}
+		return &runtime.RuntimeCondition{Type: kind, Reason: reason, Message: err.Error()}
+	}
+	var ready error
+	if s.d.Ready != nil {
+		ready = s.d.Ready()
+	}
+	resp := &runtime.StatusResponse{
+		Status: &runtime.RuntimeStatus{Conditions: []*runtime.RuntimeCondition{
+			condition(runtime.RuntimeReady, "RuntimeNotReady", ready),
+			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.d.Network.Status("")),
+			s.deprecations(),
+		}},
+		Features: &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, UserNamespacesHostNetwork: true},
+	}
+	names := make([]string, 0, len(s.d.Runtime.Containerd.Runtimes)+1)
+	for name := range s.d.Runtime.Containerd.Runtimes {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range append([]string{""}, names...) {
+		if _, h, err := s.d.Runtime.Handler(name); err == nil {
+			f := s.d.Features(ctx, cmp.Or(name, s.d.Runtime.Containerd.DefaultRuntimeName), h)
+			resp.RuntimeHandlers = append(resp.RuntimeHandlers, &runtime.RuntimeHandler{Name: name,
+				Features: &runtime.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: f.RecursiveReadOnly, UserNamespaces: f.UserNamespaces}})
+		}
+	}
+	if !r.GetVerbose() {
+		return resp, nil
+	}
+	resp.Info = map[string]string{"golang": asJSON(goruntime.Version()), "config": asJSON(s.d.Config)}
+	for _, name := range append([]string{""}, names...) {
+		suffix := ""
+		if name != "" {
+			if s.d.Runtime.Containerd.Runtimes[name].CNIConfDir == "" {
+				continue // it has no networks of its own
+			}
+			suffix = "." + name
+		}
+		resp.Info["cniconfig"+suffix] = string(s.d.Network.Info(name))
+		state := "OK"
+		if err := s.d.Network.Status(name); err != nil {
+			state = err.Error()
+		}
+		resp.Info["lastCNILoadStatus"+suffix] = state
+	}
+	return resp, nil
+}
+
+func asJSON(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return asJSON(err.Error())
+	}
+	return string(b)
+}
+
+func (s *Server) deprecations() *runtime.RuntimeCondition {
+	shown := map[string]string{}
+	for id, text := range s.d.Deprecations {
+		if !slices.Contains(s.d.Runtime.IgnoreDeprecationWarnings, id) {
+			shown[id] = text
+		}
+	}
+	c := &runtime.RuntimeCondition{Type: "ContainerdHasNoDeprecationWarnings", Status: len(shown) == 0}
+	if len(shown) > 0 {
+		c.Reason, c.Message = "ContainerdHasDeprecationWarnings", asJSON(shown)
+	}
+	return c
+}
+
+// RuntimeConfig tells the cgroup driver (contract 7.1.3).
+func (s *Server) RuntimeConfig(context.Context, *runtime.RuntimeConfigRequest) (*runtime.RuntimeConfigResponse, error) {
+	return &runtime.RuntimeConfigResponse{Linux: &runtime.LinuxRuntimeConfiguration{CgroupDriver: s.d.Driver}}, nil
+}
+
+// UpdateRuntimeConfig takes the node's pod network (contract 7.1.4).
+func (s *Server) UpdateRuntimeConfig(ctx context.Context, r *runtime.UpdateRuntimeConfigRequest) (*runtime.UpdateRuntimeConfigResponse, error) {
+	if cidr := r.GetRuntimeConfig().GetNetworkConfig().GetPodCidr(); cidr != "" {
+		if err := s.d.Network.UpdatePodCIDR(ctx, cidr); err != nil {
+			return nil, err
+		}
+	}
+	return &runtime.UpdateRuntimeConfigResponse{}, nil
+}
+
+// RunPodSandbox makes a pod (contract 7.1.5).
+func (s *Server) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+	if err := checkPod(r.GetConfig()); err != nil {
+		return nil, err
+	}
+	id, err := s.d.Pods.Run(ctx, r.Config, r.GetRuntimeHandler())
+	if err != nil {
+		return nil, err
+	}
+	return &runtime.RunPodSandboxResponse{PodSandboxId: id}, nil
+}
+
+// StopPodSandbox ends a pod; an unknown one is no error (contract 13.26).
+func (s *Server) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
+	if err := s.forPod(r.GetPodSandboxId(), func(id string) error { return s.d.Pods.Stop(ctx, id) }); err != nil {
+		return nil, err
+	}
+	return &runtime.StopPodSandboxResponse{}, nil
+}
+
+// RemovePodSandbox removes a pod; an unknown one is no error.
+func (s *Server) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
+	if err := s.forPod(r.GetPodSandboxId(), func(id string) error { return s.d.Pods.Remove(ctx, id) }); err != nil {
+		return nil, err
+	}
+	return &runtime.RemovePodSandboxResponse{}, nil
+}
+
+// forPod calls fn for a pod that is known; one that is not is done.
+func (s *Server) forPod(id string, fn func(string) error) error {
+	p, err := s.pods.Get(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return fn(p.ID())
+}
+
+func (s *Server) forContainer(id string, fn func(string) error) error {
+	c, err := s.all.Get(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return fn(c.ID())
+}
+
+// PodSandboxStatus tells all about a pod (contract 7.1.8).
+func (s *Server) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
+	p, err := s.pods.Get(r.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtime.PodSandboxStatusResponse{Timestamp: time.Now().UnixNano(), Status: p.Answer(), ContainersStatuses: s.d.Notifier.Statuses(p.ID())}
+	if r.GetVerbose() {
+		if resp.Info, err = s.d.Pods.Info(ctx, p.ID()); err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+// UpdatePodSandboxResources changes what a pod may use (contract 7.1.10).
+func (s *Server) UpdatePodSandboxResources(ctx context.Context, r *runtime.UpdatePodSandboxResourcesRequest) (*runtime.UpdatePodSandboxResourcesResponse, error) {
+	p, err := s.pods.Get(r.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.d.Pods.UpdateResources(ctx, p.ID(), r.GetOverhead(), r.GetResources()); err != nil {
+		return nil, err
+	}
+	return &runtime.UpdatePodSandboxResourcesResponse{}, nil
+}
+
+// CreateContainer makes a container in a pod (contract 7.1.11).
+func (s *Server) CreateContainer(ctx context.Context, r *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error) {
+	p, err := s.pods.Get(r.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	if err := checkContainer(r.GetConfig()); err != nil {
+		return nil, err
+	}
+	id, err := s.d.Containers.Create(ctx, p.ID(), r.Config, r.GetSandboxConfig())
+	if err != nil {
+		return nil, err
+	}
+	return &runtime.CreateContainerResponse{ContainerId: id}, nil
+}
+
+// StartContainer starts it (contract 7.1.12).
+func (s *Server) StartContainer(ctx context.Context, r *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error) {
+	c, err := s.all.Get(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.d.Containers.Start(ctx, c.ID()); err != nil {
+		return nil, err
+	}
+	return &runtime.StartContainerResponse{}, nil
+}
+
+// maxGrace bounds what a client may ask for: a longer one is as good as for ever.
+const maxGrace = 365 * 24 * time.Hour
+
+// StopContainer ends it; an unknown one is no error (contract 7.1.13).
+func (s *Server) StopContainer(ctx context.Context, r *runtime.StopContainerRequest) (*runtime.StopContainerResponse, error) {
+	grace := time.Duration(min(max(r.GetTimeout(), 0), int64(maxGrace/time.Second))) * time.Second
+	if err := s.forContainer(r.GetContainerId(), func(id string) error { return s.d.Containers.Stop(ctx, id, grace) }); err != nil {
+		return nil, err
+	}
+	return &runtime.StopContainerResponse{}, nil
+}
+
+// RemoveContainer removes it; an unknown one is no error (contract 7.1.14).
+func (s *Server) RemoveContainer(ctx context.Context, r *runtime.RemoveContainerRequest) (*runtime.RemoveContainerResponse, error) {
+	if err := s.forContainer(r.GetContainerId(), func(id string) error { return s.d.Containers.Remove(ctx, id) }); err != nil {
+		return nil, err
+	}
+	return &runtime.RemoveContainerResponse{}, nil
+}
+
+// ContainerStatus tells all about a container (contract 7.1.15).
+func (s *Server) ContainerStatus(ctx context.Context, r *runtime.ContainerStatusRequest) (*runtime.ContainerStatusResponse, error) {
+	c, err := s.all.Get(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtime.ContainerStatusResponse{Status: c.Answer(s.d.Images.Names(c.Meta().ImageRef))}
+	if r.GetVerbose() {
+		if resp.Info, err = s.d.Containers.Info(ctx, c.ID()); err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+// UpdateContainerResources changes limits (contract 7.1.16).
+func (s *Server) UpdateContainerResources(ctx context.Context, r *runtime.UpdateContainerResourcesRequest) (*runtime.UpdateContainerResourcesResponse, error) {
+	c, err := s.all.Get(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if r.GetLinux() == nil {
+		return nil, missing("linux")
+	}
+	if err := s.d.Containers.UpdateResources(ctx, c.ID(), r.Linux, r.GetAnnotations()); err != nil {
+		return nil, err
+	}
+	return &runtime.UpdateContainerResourcesResponse{}, nil
+}
+
+// ReopenContainerLog goes on in a new file (contract 7.1.17).
+func (s *Server) ReopenContainerLog(ctx context.Context, r *runtime.ReopenContainerLogRequest) (*runtime.ReopenContainerLogResponse, error) {
+	c, err := s.all.Get(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.d.Containers.ReopenLog(ctx, c.ID()); err != nil {
+		return nil, err
+	}
+	return &runtime.ReopenContainerLogResponse{}, nil
+}
+
+// CheckpointContainer writes a container's state (contract 7.1.23).
+func (s *Server) CheckpointContainer(ctx context.Context, r *runtime.CheckpointContainerRequest) (*runtime.CheckpointContainerResponse, error) {
+	c, err := s.all.Get(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if r.GetLocation() == "" {
+		return nil, missing("location")
+	}
+	if err := s.d.Containers.Checkpoint(ctx, c.ID(), r.Location, time.Duration(max(r.GetTimeout(), 0))*time.Second); err != nil {
+		return nil, err
+	}
+	return &runtime.CheckpointContainerResponse{}, nil
+}
+
+// ExecSync runs a command to its end (contract 7.1.18).
+func (s *Server) ExecSync(ctx context.Context, r *runtime.ExecSyncRequest) (*runtime.ExecSyncResponse, error) {
+	c, err := s.running(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if len(r.GetCmd()) == 0 {
+		return nil, missing("cmd")
+	}
+	return s.d.Streams.ExecSync(ctx, c.ID(), r.Cmd, time.Duration(max(r.GetTimeout(), 0))*time.Second)
+}
+
+// running finds a container that runs.
+func (s *Server) running(id string) (*cristate.Container, error) {
+	c, err := s.all.Get(id)
+	if err != nil {
+		return nil, err
+	}
+	if st := c.Status().State(); st != runtime.ContainerState_CONTAINER_RUNNING {
+		return nil, fmt.Errorf("container %s is not running, it is %s: %w", c.ID(), st, errdefs.ErrFailedPrecondition)
+	}
+	return c, nil
+}
+
+// Exec answers where to connect to (contract 7.1.19).
+func (s *Server) Exec(_ context.Context, r *runtime.ExecRequest) (*runtime.ExecResponse, error) {
+	c, err := s.running(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if len(r.GetCmd()) == 0 {
+		return nil, missing("cmd")
+	}
+	r.ContainerId = c.ID()
+	return s.d.Streams.GetExec(r)
+}
+
+// Attach answers where to connect to.
+func (s *Server) Attach(_ context.Context, r *runtime.AttachRequest) (*runtime.AttachResponse, error) {
+	c, err := s.running(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	r.ContainerId = c.ID()
+	return s.d.Streams.GetAttach(r)
+}
+
+// PortForward answers where to connect to.
+func (s *Server) PortForward(_ context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
+	p, err := s.pods.Get(r.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	if p.Status().State != cristate.PodReady {
+		return nil, fmt.Errorf("pod sandbox %s is not ready: %w", p.ID(), errdefs.ErrFailedPrecondition)
+	}
+	r.PodSandboxId = p.ID()
+	return s.d.Streams.GetPortForward(r)
+}
+
+// GetContainerEvents sends events until the client goes (contract 7.1.22).
+func (s *Server) GetContainerEvents(_ *runtime.GetEventsRequest, stream grpc.ServerStreamingServer[runtime.ContainerEventResponse]) error {
+	sub := s.d.Notifier.Events.Subscribe()
+	defer sub.Close()
+	for {
+		e, err := sub.Next(stream.Context())
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(e); err != nil {
+			return err
+		}
+	}
+}
+
+// Bounds of what a client may give as names; they end up in file names, host
+// names, labels and logs.
+const maxName = 1024
+
+func missing(field string) error {
+	return fmt.Errorf("%s is required: %w", field, errdefs.ErrInvalidArgument)
+}
+
+func checkNames(kind string, names map[string]string) error {
+	for field, v := range names {
+		if len(v) > maxName || strings.ContainsAny(v, "\x00\n/") {
+			return fmt.Errorf("%s %s of %d bytes is too long or has a slash, a newline or a zero byte in it: %w", kind, field, len(v), errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+func checkPod(c *runtime.PodSandboxConfig) error {
+	m := c.GetMetadata()
+	switch {
+	case c == nil:
+		return missing("config")
+	case m == nil:
+		return missing("config.metadata")
+	case m.Name == "":
+		return missing("config.metadata.name")
+	}
+	if err := checkMaps(c.Labels, c.Annotations); err != nil {
+		return err
+	}
+	return checkNames("pod sandbox metadata", map[string]string{"name": m.Name, "namespace": m.Namespace, "uid": m.Uid})
+}
+
+func checkContainer(c *runtime.ContainerConfig) error {
+	m := c.GetMetadata()
+	switch {
+	case c == nil:
+		return missing("config")
+	case m == nil:
+		return missing("config.metadata")
+	case m.Name == "":
+		return missing("config.metadata.name")
+	case c.GetImage().GetImage() == "":
+		return missing("config.image.image")
+	}
+	if err := checkMaps(c.Labels, c.Annotations); err != nil {
+		return err
+	}
+	for i, mount := range c.Mounts {
+		if mount == nil {
+			return missing(fmt.Sprintf("config.mounts[%d]", i))
+		}
+	}
+	for i, d := range c.Devices {
+		if d == nil {
+			return missing(fmt.Sprintf("config.devices[%d]", i))
+		}
+	}
+	for i, e := range c.Envs {
+		if e == nil || e.Key == "" || strings.ContainsAny(e.Key, "=\x00") || bytes.IndexByte(e.Value, 0) >= 0 {
+			return fmt.Errorf("config.envs[%d]: no name, or one with an equals sign or zero byte: %w", i, errdefs.ErrInvalidArgument)
+		}
+	}
+	return checkNames("container metadata", map[string]string{"name": m.Name})
+}
+
+// checkMaps bounds labels and annotations together: Kubernetes allows 256 KiB
+// of annotations, and lists have to fit into a message.
+func checkMaps(maps ...map[string]string) error {
+	n := 0
+	for _, m := range maps {
+		for k, v := range m {
+			n += len(k) + len(v)
+		}
+	}
+	if n > 1<<20 {
+		return fmt.Errorf("labels and annotations have %d bytes, at most %d are possible: %w", n, 1<<20, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// size is what a message takes in a list that holds it.
+func size(m proto.Message) int { return proto.Size(m) + 8 }
