@@ -66,6 +66,30 @@ func Busybox(t testing.TB) *Image {
 
 // NewBusybox is Busybox outside of a test.
 func NewBusybox() (*Image, error) {
+	base, err := busyboxFiles()
+	if err != nil {
+		return nil, err
+	}
+	base = append(base, File{Name: "data", Dir: true}, File{Name: "data/gone", Body: []byte("deleted by a later layer\n")})
+	return New(ocispec.ImageConfig{Env: []string{"PATH=/bin:/usr/bin", "FROM_IMAGE=yes"}, Cmd: []string{"/bin/sh", "-c", "echo hello from $FROM_IMAGE; cat /data/greeting"}, WorkingDir: "/data", StopSignal: "SIGTERM"},
+		Layer{base, "gzip"},
+		Layer{[]File{{Name: "data", Dir: true}, {Name: "data/greeting", Body: []byte("greetings from the second layer\n")}, {Name: "data/noise", Body: noise(1 << 20)}}, "zstd"},
+		Layer{[]File{{Name: "data", Dir: true}, {Name: "data/gone", Whiteout: true}, {Name: "data/link", Link: "greeting"}}, "gzip"},
+		Layer{[]File{{Name: "data/plain", Body: []byte("plain\n")}}, ""})
+}
+
+// BusyboxFiles are a root file system of busybox with all its applets as links
+// and some users. The test is skipped where there is no static busybox.
+func BusyboxFiles(t testing.TB) []File {
+	t.Helper()
+	files, err := busyboxFiles()
+	if err != nil {
+		t.Skip(err)
+	}
+	return files
+}
+
+func busyboxFiles() ([]File, error) {
 	bin, err := os.ReadFile("/bin/busybox")
 	if err != nil {
 		return nil, fmt.Errorf("busybox-static is needed: %w", err)
@@ -73,8 +97,7 @@ func NewBusybox() (*Image, error) {
 	base := []File{{Name: "bin", Dir: true}, {Name: "bin/busybox", Body: bin, Mode: 0o755}, {Name: "etc", Dir: true},
 		{Name: "etc/passwd", Body: []byte("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n")},
 		{Name: "etc/group", Body: []byte("root:x:0:\nuser:x:1000:\nextra:x:2000:user\n")},
-		{Name: "root", Dir: true, Mode: 0o700}, {Name: "tmp", Dir: true, Mode: 0o1777}, {Name: "proc", Dir: true}, {Name: "sys", Dir: true}, {Name: "dev", Dir: true},
-		{Name: "data", Dir: true}, {Name: "data/gone", Body: []byte("deleted by a later layer\n")}}
+		{Name: "root", Dir: true, Mode: 0o700}, {Name: "tmp", Dir: true, Mode: 0o1777}, {Name: "proc", Dir: true}, {Name: "sys", Dir: true}, {Name: "dev", Dir: true}}
 	out, err := exec.Command("/bin/busybox", "--list").Output()
 	if err != nil {
 		return nil, fmt.Errorf("busybox --list: %w", err)
@@ -84,11 +107,7 @@ func NewBusybox() (*Image, error) {
 			base = append(base, File{Name: "bin/" + applet, Link: "busybox"})
 		}
 	}
-	return New(ocispec.ImageConfig{Env: []string{"PATH=/bin:/usr/bin", "FROM_IMAGE=yes"}, Cmd: []string{"/bin/sh", "-c", "echo hello from $FROM_IMAGE; cat /data/greeting"}, WorkingDir: "/data", StopSignal: "SIGTERM"},
-		Layer{base, "gzip"},
-		Layer{[]File{{Name: "data", Dir: true}, {Name: "data/greeting", Body: []byte("greetings from the second layer\n")}, {Name: "data/noise", Body: noise(1 << 20)}}, "zstd"},
-		Layer{[]File{{Name: "data", Dir: true}, {Name: "data/gone", Whiteout: true}, {Name: "data/link", Link: "greeting"}}, "gzip"},
-		Layer{[]File{{Name: "data/plain", Body: []byte("plain\n")}}, ""})
+	return base, nil
 }
 
 // noise is n bytes that do not compress, the same each time.
