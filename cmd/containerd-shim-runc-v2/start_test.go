@@ -190,6 +190,9 @@ func TestInfo(t *testing.T) {
 		if err := proto.Unmarshal(out, &info); err != nil || info.Name != "io.containerd.runc.v2" || info.Version.GetVersion() == "" {
 			t.Errorf("%q: %v %v", name, &info, err)
 		}
+		if info.Annotations["io.gantry.shim.log"] != "cri" {
+			t.Errorf("annotations %v", info.Annotations)
+		}
 		if name != "" {
 			continue // runc 1.1 tells less
 		}

@@ -39,6 +39,7 @@ import (
 	"github.com/gantryd/gantry/internal/shim/command"
 	"github.com/gantryd/gantry/internal/shim/driver"
 	"github.com/gantryd/gantry/internal/shim/libct"
+	"github.com/gantryd/gantry/internal/shim/stdio"
 	"github.com/gantryd/gantry/internal/shim/task"
 )
 
@@ -582,7 +583,8 @@ func info(b Build, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), deleteTimeout)
 	defer cancel()
-	res := &types.RuntimeInfo{Name: runtimeName, Version: &types.RuntimeVersion{Version: b.Version, Revision: b.Revision}}
+	res := &types.RuntimeInfo{Name: runtimeName, Version: &types.RuntimeVersion{Version: b.Version, Revision: b.Revision},
+		Annotations: map[string]string{stdio.Annotation: stdio.FormatCRI}}
 	if a.TypeUrl != "" {
 		res.Options = &a
 	}

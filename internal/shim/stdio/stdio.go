@@ -214,12 +214,12 @@ func (s *IO) openSink(ctx context.Context, c Config, n int, uri string) (sink ou
 	case "binary", "binary-v2":
 		return s.openLogger(ctx, c, n, uri)
 	case "file":
-		maxSize, maxFiles, lines, err := logFormat(uri)
+		opts, lines, err := logFormat(uri)
 		if err != nil {
 			return nil, err
 		}
 		if lines {
-			l, err := s.o.openLog(path, maxSize, maxFiles)
+			l, err := s.o.openLog(path, opts)
 			if err != nil {
 				return nil, err
 			}
