@@ -96,6 +96,7 @@ func NewNode(bin, extra string) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	d.CRI = true
 	n := &Node{Daemon: d, Extra: extra, CNI: d.Dir + "/cni", Bridge: fmt.Sprintf("gt%08x", uint32(time.Now().UnixNano()))}
 	n.Registry = testimage.NewRegistry()
 	busybox, err := testimage.NewBusybox()

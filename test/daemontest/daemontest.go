@@ -75,6 +75,7 @@ type Daemon struct {
 	Bin  string   // what Spawn runs
 	Env  []string // more environment of each start
 	Wrap []string // a command that executes its arguments, the daemon
+	CRI  bool     // Configure leaves Kubernetes' part enabled
 
 	// Dir has the subdirectories root, state and shims, config.toml and log.
 	Dir string
@@ -142,6 +143,9 @@ func New(t testing.TB, bin string, version int, more string) *Daemon {
 func (d *Daemon) Configure(version int, more string) error {
 	config := fmt.Sprintf("version = %d\nroot = %q\nstate = %q\n", version, d.Dir+"/root", d.Dir+"/state")
 	if version >= 4 {
+		if !d.CRI {
+			config += "disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.nri.v1.nri']\n"
+		}
 		config += fmt.Sprintf("[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n",
 			d.Address(), d.Address()+".ttrpc", d.Dir+"/shims")
 	} else {

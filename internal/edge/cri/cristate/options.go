@@ -1,0 +1,116 @@
+package cristate
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/errdefs"
+	"github.com/pelletier/go-toml/v2"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/typed"
+)
+
+// runcType is the runtime whose options are runc's; all others get the general
+// form, with what they do not know in its body.
+const runcType = "io.containerd.runc.v2"
+
+// Record makes of a handler what container and sandbox records hold. The
+// options are written in the file by the names of the message's fields, as in
+// BinaryName. ErrInvalidArgument names the one that is wrong.
+func (r Runtime) Record() (container.Runtime, error) {
+	out := container.Runtime{Name: r.Type}
+	if r.Path != "" {
+		out.Name = r.Path
+	}
+	if len(r.Options) == 0 {
+		return out, nil
+	}
+	var m proto.Message = &runcoptions.Options{}
+	if r.Type != runcType {
+		general := &runtimeoptions.Options{}
+		m = general
+		if _, ok := r.Options["ConfigPath"]; !ok {
+			body, err := toml.Marshal(r.Options)
+			if err != nil {
+				return out, fmt.Errorf("options of runtime %s: %v: %w", r.Type, err, errdefs.ErrInvalidArgument)
+			}
+			general.ConfigBody = body
+		}
+	}
+	msg := m.ProtoReflect()
+	fields := msg.Descriptor().Fields()
+	var unknown []string
+	for key, v := range r.Options {
+		var field protoreflect.FieldDescriptor
+		for i := range fields.Len() {
+			if camel(string(fields.Get(i).Name())) == key {
+				field = fields.Get(i)
+			}
+		}
+		if field == nil {
+			unknown = append(unknown, key)
+			continue
+		}
+		value, ok := convert(field.Kind(), v)
+		if !ok {
+			return out, fmt.Errorf("option %s of runtime %s: %v is of the wrong type, want %s: %w", key, r.Type, v, field.Kind(), errdefs.ErrInvalidArgument)
+		}
+		msg.Set(field, value)
+	}
+	if len(unknown) > 0 && r.Type == runcType {
+		slices.Sort(unknown)
+		return out, fmt.Errorf("runtime %s has no options %q: %w", r.Type, unknown, errdefs.ErrInvalidArgument)
+	}
+	data, err := proto.Marshal(m)
+	if err != nil {
+		return out, fmt.Errorf("options of runtime %s: %v: %w", r.Type, err, errdefs.ErrInvalidArgument)
+	}
+	out.Options = typed.Any{URL: string(msg.Descriptor().FullName()), Value: data}
+	return out, nil
+}
+
+// camel makes BinaryName of binary_name.
+func camel(s string) string {
+	var b strings.Builder
+	for part := range strings.SplitSeq(s, "_") {
+		if part != "" {
+			b.WriteString(strings.ToUpper(part[:1]) + part[1:])
+		}
+	}
+	return b.String()
+}
+
+func convert(kind protoreflect.Kind, v any) (protoreflect.Value, bool) {
+	switch v := v.(type) {
+	case string:
+		if kind == protoreflect.BytesKind {
+			return protoreflect.ValueOfBytes([]byte(v)), true
+		}
+		return protoreflect.ValueOfString(v), kind == protoreflect.StringKind
+	case bool:
+		return protoreflect.ValueOfBool(v), kind == protoreflect.BoolKind
+	case int64:
+		switch kind {
+		case protoreflect.Uint32Kind:
+			return protoreflect.ValueOfUint32(uint32(v)), v >= 0 && v <= math.MaxUint32
+		case protoreflect.Int32Kind:
+			return protoreflect.ValueOfInt32(int32(v)), v >= math.MinInt32 && v <= math.MaxInt32
+		case protoreflect.Int64Kind:
+			return protoreflect.ValueOfInt64(v), true
+		}
+	}
+	return protoreflect.Value{}, false
+}
+
+// SystemdCgroup says that the runtime makes cgroups through systemd.
+func (r Runtime) SystemdCgroup() bool {
+	on, ok := r.Options["SystemdCgroup"].(bool)
+	return ok && on
+}
