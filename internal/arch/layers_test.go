@@ -87,7 +87,7 @@ var layers = []layer{
 		external: concat(vocabulary, system, compression, wireModules, []string{
 			"github.com/containerd/cgroups/v3", "github.com/containerd/fifo", "github.com/containerd/go-cni", "github.com/containerd/nri",
 			"github.com/containerd/otelttrpc", "github.com/opencontainers/selinux", "github.com/pelletier/go-toml/v2",
-			"github.com/prometheus", "go.opentelemetry.io", "k8s.io", "github.com/containernetworking/cni", "tags.cncf.io", "golang.org/x/net",
+			"github.com/fsnotify/fsnotify", "github.com/prometheus", "go.opentelemetry.io", "k8s.io", "github.com/containernetworking/cni", "tags.cncf.io", "golang.org/x/net",
 		})},
 	{dir: "client", local: []string{"client", "core", "internal/lib", "oci", "internal/edge/wire"},
 		external: concat(vocabulary, wireModules, []string{"github.com/containerd/cgroups/v3", "github.com/containerd/console", "github.com/containerd/fifo", "golang.org/x/sync", "golang.org/x/sys"})},
