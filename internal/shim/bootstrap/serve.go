@@ -26,6 +26,7 @@ import (
 	"github.com/gantryd/gantry/internal/lib/reaper"
 	"github.com/gantryd/gantry/internal/shim/driver"
 	"github.com/gantryd/gantry/internal/shim/libct"
+	"github.com/gantryd/gantry/internal/shim/pod"
 	"github.com/gantryd/gantry/internal/shim/publish"
 	"github.com/gantryd/gantry/internal/shim/stdio"
 	"github.com/gantryd/gantry/internal/shim/task"
@@ -89,21 +90,23 @@ func serve(b Build, a Args) error {
 		answered = watched.nextWrite() // the answer to the call that we are in
 		close(end)
 	})
+	var sandbox *pod.Service
 	service := task.New(task.Config{
 		Namespace: a.Namespace, Version: b.Version, Reaper: r, Events: events, Streams: stdio.NewOpener(r, log),
 		Driver:   func(o *options.Options) (driver.Driver, error) { return newDriver(a.Namespace, o, log) },
-		Shutdown: stop, Log: log,
+		Shutdown: stop, Needed: func() bool { return sandbox.Exists() }, Log: log,
 	})
+	sandbox = pod.New(pod.Config{End: service.End, Shutdown: stop})
 	calm := time.AfterFunc(quiet, func() {
 		runtime.GC() // pools give up what they keep at the second collection only
 		debug.FreeOSMemory()
 	})
-	server, err := newServer(service, log, func() { calm.Reset(quiet) })
+	server, err := newServer(service, sandbox, log, func() { calm.Reset(quiet) })
 	if err != nil {
 		return err
 	}
 	watched.idle = func() {
-		if service.Count() == 0 {
+		if service.Unused() {
 			log.Info("nobody needs this shim any more")
 			stop()
 		}
@@ -116,7 +119,7 @@ func serve(b Build, a Args) error {
 	go func() {
 		for range signals {
 			// Containers outlive whoever stops the daemon's service group.
-			if service.Count() == 0 {
+			if service.Unused() {
 				stop()
 			}
 		}
@@ -175,7 +178,7 @@ func listener(path string) (net.Listener, error) {
 
 // newServer offers the service under both of its names: their messages are
 // the same, byte by byte (contract 1.4.2, 1.4.3).
-func newServer(service taskapi.TTRPCTaskService, log *slog.Logger, called func()) (*ttrpc.Server, error) {
+func newServer(service taskapi.TTRPCTaskService, sandbox *pod.Service, log *slog.Logger, called func()) (*ttrpc.Server, error) {
 	server, err := ttrpc.NewServer(
 		ttrpc.WithServerHandshaker(sameUser{}),
 		ttrpc.WithUnaryServerInterceptor(func(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (_ any, err error) {
@@ -217,6 +220,18 @@ func newServer(service taskapi.TTRPCTaskService, log *slog.Logger, called func()
 	}}
 	server.RegisterService("containerd.task.v2.Task", desc)
 	server.RegisterService("containerd.task.v3.Task", desc)
+	server.RegisterService("containerd.runtime.sandbox.v1.Sandbox", &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
+		"CreateSandbox":   method(sandbox.CreateSandbox),
+		"StartSandbox":    method(sandbox.StartSandbox),
+		"Platform":        method(sandbox.Platform),
+		"StopSandbox":     method(sandbox.StopSandbox),
+		"WaitSandbox":     method(sandbox.WaitSandbox),
+		"SandboxStatus":   method(sandbox.SandboxStatus),
+		"PingSandbox":     method(sandbox.PingSandbox),
+		"ShutdownSandbox": method(sandbox.ShutdownSandbox),
+		"SandboxMetrics":  method(sandbox.Unimplemented),
+		"UpdateSandbox":   method(sandbox.Unimplemented),
+	}})
 	return server, nil
 }
 

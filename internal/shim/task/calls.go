@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
@@ -394,10 +395,51 @@ func (s *Service) Connect(ctx context.Context, r *taskapi.ConnectRequest) (*task
 // Shutdown ends the shim, unless it still has containers: a pod's shim outlives
 // each of them (contract 5.2.9, 13.22).
 func (s *Service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptyResponse, error) {
-	if s.Count() == 0 {
+	if s.Unused() {
 		s.shutdown.Do(s.Config.Shutdown)
 	}
 	return empty(), nil
+}
+
+// End asks the first processes of all containers to end, and kills what is
+// left of them after grace. They are still to be deleted.
+func (s *Service) End(ctx context.Context, grace time.Duration) error {
+	s.mu.Lock()
+	var all []*process
+	for _, c := range s.containers {
+		if c.ready && c.init.status != tasktypes.Status_STOPPED {
+			all = append(all, c.init)
+		}
+	}
+	s.mu.Unlock()
+	signal := func(sig unix.Signal) (err error) {
+		for _, p := range all {
+			_, kerr := s.Kill(ctx, &taskapi.KillRequest{ID: p.c.id, Signal: uint32(sig), All: sig == unix.SIGKILL})
+			if kerr != nil && !errdefs.IsNotFound(kerr) {
+				err = errors.Join(err, kerr)
+			}
+		}
+		return err
+	}
+	if len(all) > 0 && grace > 0 {
+		_ = signal(unix.SIGTERM) // the kill says what is wrong
+		soft, cancel := context.WithTimeout(ctx, grace)
+		defer cancel()
+		gone := true
+		for _, p := range all {
+			gone = gone && wait(soft, p) == nil
+		}
+		if gone {
+			return nil
+		}
+	}
+	kerr := signal(unix.SIGKILL)
+	for _, p := range all {
+		if err := wait(ctx, p); err != nil {
+			return errors.Join(kerr, err)
+		}
+	}
+	return nil
 }
 
 var _ taskapi.TTRPCTaskService = (*Service)(nil)

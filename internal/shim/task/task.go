@@ -76,7 +76,10 @@ type Config struct {
 	// Shutdown is called, at most once, when the daemon asks an empty shim to
 	// end. It must not wait.
 	Shutdown func()
-	Log      *slog.Logger
+	// Needed says whether the shim has to stay although it has no containers;
+	// nil is no.
+	Needed func() bool
+	Log    *slog.Logger
 }
 
 // Service is the Task service. Its methods are safe for concurrent use; none of
@@ -145,6 +148,11 @@ func (s *Service) Count() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.containers)
+}
+
+// Unused says whether nothing is left for which the shim has to stay.
+func (s *Service) Unused() bool {
+	return s.Count() == 0 && (s.Needed == nil || !s.Needed())
 }
 
 func (s *Service) find(id string) (*container, error) {
