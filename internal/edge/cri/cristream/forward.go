@@ -1,0 +1,142 @@
+//go:build linux
+
+package cristream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	goruntime "runtime"
+	"strconv"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	dialWithin = 10 * time.Second
+	// closeGrace is how long a client's data is still taken after the program
+	// in the pod has closed its side.
+	closeGrace = time.Second
+)
+
+// PortForward connects stream with a port of a pod, at 127.0.0.1 or else at
+// [::1] in its network namespace, and closes stream in the end (contract
+// 7.1.19). It returns when the program has closed the connection, the client
+// has gone, or ctx ends. If stream has a CloseWrite, it is used when the
+// program has no more to say. ErrNotFound, ErrInvalidArgument;
+// ErrFailedPrecondition if the pod is not ready, ErrUnavailable if nobody
+// listens.
+func (s *Service) PortForward(ctx context.Context, podID string, port int32, stream io.ReadWriteCloser) error {
+	defer stream.Close()
+	if port < 1 || port > 65535 {
+		return fmt.Errorf("forward port %d of pod sandbox %s: %w", port, podID, errdefs.ErrInvalidArgument)
+	}
+	p, err := s.d.Pod(ctx, podID)
+	if err != nil {
+		return err
+	}
+	if p.Ready != nil {
+		return p.Ready
+	}
+	conn, err := dial(ctx, p.NetNSPath, strconv.Itoa(int(port)))
+	if err != nil {
+		return fmt.Errorf("forward port %d of pod sandbox %s: %w", port, p.ID, err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() {
+		conn.Close()
+		stream.Close()
+	})
+	defer stop()
+	up := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(conn, stream)
+		conn.CloseWrite()
+		up <- err
+	}()
+	_, err = io.Copy(stream, conn)
+	if w, ok := stream.(interface{ CloseWrite() error }); ok {
+		w.CloseWrite()
+	}
+	var upErr error
+	select {
+	case upErr = <-up:
+	case <-ctx.Done():
+	case <-time.After(closeGrace):
+	}
+	if ctx.Err() != nil {
+		return nil // the client has gone, nobody wants to know
+	}
+	if err == nil && upErr != nil && !errors.Is(upErr, unix.EPIPE) && !errors.Is(upErr, unix.ECONNRESET) {
+		err = upErr
+	}
+	if err != nil {
+		return fmt.Errorf("forward port %d of pod sandbox %s: %w", port, p.ID, err)
+	}
+	return nil
+}
+
+// dial connects from inside a network namespace, the own one if path is "".
+func dial(ctx context.Context, path, port string) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialWithin)
+	defer cancel()
+	var all []error
+	for _, to := range [][2]string{{"tcp4", "127.0.0.1"}, {"tcp6", "::1"}} {
+		var conn net.Conn
+		err := inNetNS(path, func() (err error) {
+			// The socket is made on this thread, and stays in its namespace.
+			conn, err = (&net.Dialer{}).DialContext(ctx, to[0], net.JoinHostPort(to[1], port))
+			return err
+		})
+		if err == nil {
+			return conn.(*net.TCPConn), nil
+		}
+		if errors.Is(err, errNetNS) {
+			return nil, err
+		}
+		all = append(all, err)
+	}
+	return nil, fmt.Errorf("%w: %w", errors.Join(all...), errdefs.ErrUnavailable)
+}
+
+var errNetNS = errors.New("enter the network namespace")
+
+// inNetNS runs fn on a thread that is in the network namespace at path. The
+// thread is never used for anything else unless it is back where it was.
+func inNetNS(path string, fn func() error) error {
+	if path == "" {
+		return fn()
+	}
+	ns, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errNetNS, err)
+	}
+	defer ns.Close()
+	done := make(chan error, 1)
+	go func() {
+		goruntime.LockOSThread() // the thread ends with this goroutine if it is not unlocked
+		own, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			goruntime.UnlockOSThread()
+			done <- fmt.Errorf("%w: %w", errNetNS, err)
+			return
+		}
+		defer own.Close()
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			goruntime.UnlockOSThread()
+			done <- fmt.Errorf("%w %s: %w", errNetNS, path, err)
+			return
+		}
+		err = fn()
+		if unix.Setns(int(own.Fd()), unix.CLONE_NEWNET) == nil {
+			goruntime.UnlockOSThread()
+		}
+		done <- err
+	}()
+	return <-done
+}
