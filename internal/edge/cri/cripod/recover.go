@@ -1,0 +1,348 @@
+package cripod
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/sandbox"
+	"github.com/gantryd/gantry/core/typed"
+	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+)
+
+// atOnce is how many pods are looked at together.
+const atOnce = 32
+
+// recoverLimit is how long Recover waits for one pod; Serve goes on with it.
+const recoverLimit = 5 * time.Second
+
+func (s *Service) isHalf(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.half[id]
+}
+
+// keepHalf lists what is left of a pod, until it is gone.
+func (s *Service) keepHalf(p *cristate.Pod) {
+	id := p.ID()
+	p.Change(func(_ *cristate.PodMeta, st *cristate.PodStatus) { st.State = cristate.PodUnknown })
+	s.mu.Lock()
+	s.half[id] = true
+	s.mu.Unlock()
+	if err := s.Pods.Add(p); err != nil && !errdefs.IsAlreadyExists(err) {
+		s.Log.Error("list what is left of a pod", "pod", id, "err", err)
+	}
+	s.wake()
+}
+
+func (s *Service) wake() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Recover finds the pods there are (contract 7.3.30): what is stored says which,
+// their controllers and the kernel say in what state. Those that were being made
+// or removed are taken away; a pod whose state cannot be told in time, or that
+// cannot be taken away now, is listed as not ready and Serve sees to it. It is
+// called once, before any other method.
+func (s *Service) Recover(ctx context.Context) error {
+	v, err := s.Views.In(cristate.Namespace, "")
+	if err != nil {
+		return fmt.Errorf("recover pods: %w", err)
+	}
+	records, err := v.Sandboxes().List(ctx)
+	if err != nil {
+		return fmt.Errorf("recover pods: %w", err)
+	}
+	known := map[string]bool{}
+	var whole, half []*cristate.Pod
+	older, err := s.older(ctx, v, records)
+	if err != nil {
+		return fmt.Errorf("recover pods: %w", err)
+	}
+	for _, r := range append(records, older...) {
+		known[r.ID] = true
+		ext, ok := r.Extensions[cristate.ExtensionMetadata]
+		if !ok {
+			continue // somebody else's sandbox
+		}
+		meta, err := cristate.DecodePod(ext)
+		if err != nil || meta.ID != r.ID {
+			s.Log.Error("a pod's record cannot be read, the pod is left alone", "pod", r.ID, "err", err)
+			continue
+		}
+		p := cristate.NewPod(meta, restored(r))
+		if _, ok := r.Extensions[extensionIncomplete]; ok {
+			half = append(half, p)
+		} else if err := s.Pods.Add(p); err != nil {
+			s.Log.Error("a pod's record is left alone", "pod", r.ID, "err", err)
+		} else {
+			whole = append(whole, p)
+		}
+	}
+	// After the others: a name belongs to the pod that is complete.
+	for _, p := range half {
+		s.keepHalf(p)
+	}
+	s.sweep(known)
+	var g errgroup.Group
+	g.SetLimit(atOnce)
+	for _, p := range whole {
+		g.Go(func() error { s.adopt(ctx, p, recoverLimit); return nil })
+	}
+	for _, p := range half {
+		g.Go(func() error { return s.finish(ctx, p, recoverLimit) })
+	}
+	_ = g.Wait() // each is logged
+	s.Network.Reclaim(func(id string) bool { return known[id] && !s.isGone(id) })
+	return nil
+}
+
+// older are records made of the containers of pods that have none: those of
+// containerd before it kept sandboxes.
+func (s *Service) older(ctx context.Context, v view.View, records []sandbox.Sandbox) (out []sandbox.Sandbox, err error) {
+	err = v.Containers().Walk(ctx, func(c container.Container) error {
+		ext, ok := c.Extensions[cristate.ExtensionPod]
+		if ok && !slices.ContainsFunc(records, func(r sandbox.Sandbox) bool { return r.ID == string(c.ID) }) {
+			out = append(out, sandbox.Sandbox{ID: string(c.ID), Sandboxer: cristate.SandboxerPodSandbox, Runtime: c.Runtime, CreatedAt: c.CreatedAt,
+				Extensions: map[string]typed.Any{cristate.ExtensionMetadata: ext}})
+		}
+		return nil
+	}, fmt.Sprintf("labels.%q==%s", cristate.LabelKind, cristate.KindSandbox))
+	return out, err
+}
+
+// isGone says whether a pod is not listed any more.
+func (s *Service) isGone(id string) bool {
+	_, err := s.Pods.Get(id)
+	return err != nil
+}
+
+// restored is the status that a record tells; the rest is asked for.
+func restored(r sandbox.Sandbox) cristate.PodStatus {
+	st := cristate.PodStatus{Sandboxer: r.Sandboxer, CreatedAt: r.CreatedAt}
+	if st.Sandboxer == "" {
+		st.Sandboxer = cristate.SandboxerPodSandbox
+	}
+	var u updated
+	if x, ok := r.Extensions[ExtensionResources]; ok && json.Unmarshal(x.Value, &u) == nil {
+		st.Overhead, st.Resources = u.Overhead, u.Resources
+	}
+	return st
+}
+
+// adopt finds out what state a pod is in, and has its end watched.
+func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	m := p.Meta()
+	if s.Labels != nil && m.ProcessLabel != "" {
+		s.Labels.Reserve(m.ProcessLabel)
+	}
+	st, err := s.ask(ctx, p)
+	if err != nil {
+		s.Log.Warn("state of a pod is not known", "pod", m.ID, "err", err)
+		s.mu.Lock()
+		s.unknown[m.ID] = true
+		s.mu.Unlock()
+		s.wake()
+		return
+	}
+	s.mu.Lock()
+	delete(s.unknown, m.ID)
+	s.mu.Unlock()
+	ready := st.State == sandbox.StateReady
+	if ready && m.NetNSPath != "" {
+		if err := s.Network.Adopt(ctx, NetworkOf(m)); err != nil {
+			s.Log.Warn("network of a pod", "pod", m.ID, "err", err)
+		}
+	}
+	p.Change(func(m *cristate.PodMeta, now *cristate.PodStatus) {
+		now.State, now.ExitedAt = cristate.PodNotReady, st.ExitedAt
+		if ready {
+			now.State, now.Pid, now.Namespaces = cristate.PodReady, st.Pid, s.Dirs.joined(*m, st.Pid)
+		}
+		if !st.CreatedAt.IsZero() {
+			now.CreatedAt = st.CreatedAt
+		}
+	})
+	if ready {
+		s.watch(m.ID)
+	}
+}
+
+// ask asks the controller; a pod that it does not know has ended.
+func (s *Service) ask(ctx context.Context, p *cristate.Pod) (sandbox.Status, error) {
+	ctrl, err := s.controller(p.Status().Sandboxer)
+	if err != nil {
+		return sandbox.Status{}, err
+	}
+	st, err := ctrl.Status(ctx, p.ID(), false)
+	if errdefs.IsNotFound(err) {
+		return sandbox.Status{State: sandbox.StateNotReady}, nil
+	}
+	return st, err
+}
+
+// finish takes away what is left of a pod.
+func (s *Service) finish(ctx context.Context, p *cristate.Pod, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := s.Remove(ctx, p.ID()); err != nil {
+		s.Log.Warn("take away a pod that did not come up", "pod", p.ID(), "err", err)
+		return err
+	}
+	return nil
+}
+
+// sweep removes directories of pods that have no record: they are made after
+// it and removed before, so these are of pods that were removed without us.
+func (s *Service) sweep(known map[string]bool) {
+	for _, dir := range []string{s.Dirs.Root, s.Dirs.State} {
+		entries, err := os.ReadDir(filepath.Join(dir, "sandboxes"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			s.Log.Warn("look for what is left of pods", "err", err)
+		}
+		for _, e := range entries {
+			if known[e.Name()] {
+				continue
+			}
+			if err := s.Dirs.remove(e.Name()); err != nil {
+				s.Log.Warn("remove what is left of a pod", "pod", e.Name(), "err", err)
+			}
+		}
+	}
+}
+
+// Serve sees to pods that could not be taken away, and to those whose state is
+// not known, until both are settled, and waits for more. It returns when ctx is
+// done.
+func (s *Service) Serve(ctx context.Context) error {
+	const first, most = time.Second, time.Minute
+	pause := first
+	for {
+		work := s.pending()
+		var after <-chan time.Time
+		if len(work) > 0 {
+			after = time.After(pause)
+		} else {
+			pause = first
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.kick:
+			pause = first
+			continue
+		case <-after:
+		}
+		pause = min(2*pause, most)
+		var wg sync.WaitGroup
+		for id, half := range work {
+			p, err := s.Pods.Get(id)
+			if err != nil {
+				s.mu.Lock()
+				delete(s.half, id)
+				delete(s.unknown, id)
+				s.mu.Unlock()
+				continue
+			}
+			wg.Go(func() {
+				if half {
+					_ = s.finish(ctx, p, undoLimit) // is logged, and tried again
+					return
+				}
+				if unlock, err := s.Pods.Lock(ctx, id); err == nil {
+					defer unlock()
+					if p.Status().State == cristate.PodUnknown {
+						s.adopt(ctx, p, askLimit)
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+}
+
+// pending are the pods that Serve sees to; the value is set for those to be
+// taken away.
+func (s *Service) pending() map[string]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := map[string]bool{}
+	for id := range s.unknown {
+		out[id] = false
+	}
+	for id := range s.half {
+		out[id] = true
+	}
+	return out
+}
+
+// watch waits for a pod to end by itself.
+func (s *Service) watch(id string) {
+	p, err := s.Pods.Get(id)
+	if err != nil {
+		return
+	}
+	ctrl, err := s.controller(p.Status().Sandboxer)
+	if err != nil {
+		return
+	}
+	s.wg.Go(func() {
+		exit, err := ctrl.Wait(s.life, id)
+		if s.life.Err() != nil {
+			return
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			// Nothing is known of it now: Serve finds out.
+			s.Log.Warn("wait for the end of a pod", "pod", id, "err", err)
+			_, st := p.Change(func(_ *cristate.PodMeta, st *cristate.PodStatus) {
+				if st.State == cristate.PodReady {
+					st.State = cristate.PodUnknown
+				}
+			})
+			if st.State == cristate.PodUnknown {
+				s.mu.Lock()
+				s.unknown[id] = true
+				s.mu.Unlock()
+				s.wake()
+			}
+			return
+		}
+		if exit.At.IsZero() {
+			exit.At = time.Now()
+		}
+		s.OnExit(id, exit)
+		// What is left of its process is of no use any more.
+		ctx, cancel := context.WithTimeout(s.life, endLimit)
+		defer cancel()
+		if err := ctrl.Stop(ctx, id, 0); err != nil {
+			s.Log.Warn("clean up after the end of a pod", "pod", id, "err", err)
+		}
+	})
+}
+
+// OnExit notes that a pod's own process has ended. Its containers go on, until
+// the kubelet stops the pod. It may be told more than once, and of pods that
+// are not known.
+func (s *Service) OnExit(id string, exit sandbox.Exit) {
+	p, err := s.Pods.Get(id)
+	if err != nil || p.ID() != id {
+		return
+	}
+	s.ended(p, exit)
+}
