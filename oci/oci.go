@@ -94,6 +94,9 @@ type request struct {
 	seccomp                *specs.LinuxSeccomp
 	hasSeccomp             bool
 	terminal               bool
+	based                  bool // spec began as the administrator's
+	without                []string
+	defaultSeccomp         bool
 	last                   []func(*specs.Spec) error
 }
 
@@ -185,7 +188,7 @@ func (r *request) process() error {
 			return fmt.Errorf("argument %q holds NUL: %w", shorten(a), errdefs.ErrInvalidArgument)
 		}
 	}
-	env := []string{defaultPath}
+	env := MergeEnv([]string{defaultPath}, withValue(p.Env))
 	if r.terminal {
 		env = append(env, "TERM=xterm")
 	}
@@ -196,6 +199,9 @@ func (r *request) process() error {
 	cwd := r.cwd
 	if cwd == "" {
 		cwd = r.img.WorkingDir
+	}
+	if cwd == "" {
+		cwd = p.Cwd
 	}
 	p.Cwd = path.Join("/", cwd)
 	if strings.ContainsFunc(cwd, unicode.IsControl) || leakedDir.MatchString(p.Cwd) {
@@ -250,6 +256,9 @@ func (r *request) identity() error {
 // security decides on capabilities, the system call filter and labels.
 func (r *request) security() error {
 	from := defaultCapabilities
+	if own := r.spec.Process.Capabilities; r.based && own != nil {
+		from = own.Bounding
+	}
 	if r.privileged {
 		from = capabilities
 	}
@@ -268,7 +277,7 @@ func (r *request) security() error {
 	switch {
 	case r.hasSeccomp:
 		l.Seccomp = r.seccomp
-	case !r.privileged:
+	case !r.privileged && (!r.based || r.defaultSeccomp):
 		l.Seccomp = DefaultSeccomp(r.facts, caps)
 	}
 	if r.spec.Process.ApparmorProfile == "" && !r.privileged {
@@ -280,7 +289,16 @@ func (r *request) security() error {
 // filesystem decides on mounts.
 func (r *request) filesystem() error {
 	mounts := defaultMounts(r.facts)
-	if r.cgroupMount || r.privileged {
+	if r.based {
+		mounts = slices.Clone(r.spec.Mounts)
+	}
+	mounts = slices.DeleteFunc(mounts, func(m specs.Mount) bool {
+		return slices.ContainsFunc(r.without, func(p string) bool {
+			dir, all := strings.CutSuffix(p, "/*")
+			return path.Clean(m.Destination) == p || all && strings.HasPrefix(path.Clean(m.Destination), dir+"/")
+		})
+	})
+	if (r.cgroupMount || r.privileged) && !slices.ContainsFunc(mounts, func(m specs.Mount) bool { return m.Type == "cgroup" }) {
 		mounts = append(mounts, specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
 			Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"}})
 	}
@@ -321,6 +339,7 @@ var defaultDevices = [][2]int64{{1, 3}, {1, 8}, {1, 7}, {5, 0}, {1, 5}, {1, 9}, 
 func (r *request) hostDevices() error {
 	l := r.spec.Linux
 	switch {
+	case r.based && len(l.Resources.Devices) > 0 && !r.privileged:
 	case r.facts.UserNS:
 		// Nodes cannot be made and rules not set; the runtime binds the host's.
 	case r.privileged:

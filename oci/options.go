@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"math"
@@ -13,6 +14,44 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
+
+// WithBase begins with a specification of the administrator's instead of the
+// default one; it must be the first option and is not changed. Its mounts,
+// namespaces, limits, hooks, environment, capabilities, device rules and system
+// call filter stay unless options or image say otherwise.
+func WithBase(s *specs.Spec) Option {
+	return func(r *request) error {
+		data, err := json.Marshal(s)
+		if err != nil {
+			return fmt.Errorf("base specification: %w", err)
+		}
+		copied := &specs.Spec{}
+		if err := json.Unmarshal(data, copied); err != nil {
+			return fmt.Errorf("base specification: %v: %w", err, errdefs.ErrInvalidArgument)
+		}
+		was := r.spec
+		if copied.Version == "" {
+			copied.Version = was.Version
+		}
+		if copied.Process == nil {
+			copied.Process = &specs.Process{}
+		}
+		if copied.Linux == nil {
+			copied.Linux = &specs.Linux{Namespaces: was.Linux.Namespaces}
+		}
+		if copied.Linux.Resources == nil {
+			copied.Linux.Resources = &specs.LinuxResources{}
+		}
+		copied.Root, copied.Linux.CgroupsPath = was.Root, was.Linux.CgroupsPath
+		r.spec, r.based = copied, true
+		return nil
+	}
+}
+
+// WithoutMounts leaves out default mounts: at a path, or below it as /dev/*.
+func WithoutMounts(paths ...string) Option {
+	return func(r *request) error { r.without = append(r.without, paths...); return nil }
+}
 
 // WithArgs sets the arguments: they replace the image's command and follow the
 // entry point.
@@ -140,6 +179,11 @@ func WithNewPrivileges() Option {
 // WithSeccomp replaces the default system call filter; nil is none.
 func WithSeccomp(profile *specs.LinuxSeccomp) Option {
 	return func(r *request) error { r.seccomp, r.hasSeccomp = profile, true; return nil }
+}
+
+// WithDefaultSeccomp asks for the default filter also where WithBase has another.
+func WithDefaultSeccomp() Option {
+	return func(r *request) error { r.seccomp, r.hasSeccomp, r.defaultSeccomp = nil, false, true; return nil }
 }
 
 // WithAppArmor sets the profile.
@@ -329,11 +373,9 @@ var sysctls = []string{"kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kerne
 // that have a namespace are allowed, and a value cannot smuggle in another.
 func WithSysctl(key, value string) Option {
 	return func(r *request) error {
-		k := strings.ReplaceAll(key, "/", ".")
-		own := strings.HasPrefix(k, "net.") || strings.HasPrefix(k, "fs.mqueue.") || slices.Contains(sysctls, k)
-		smuggles := strings.ContainsFunc(value, func(c rune) bool { return unicode.IsControl(c) && c != '\t' || c == '+' || c == '=' })
-		if !sysctlKey.MatchString(key) || !own || smuggles {
-			return fmt.Errorf("sysctl %s=%q: want a parameter of a namespace and a plain value: %w", shorten(key), shorten(value), errdefs.ErrInvalidArgument)
+		k, err := CheckSysctl(key, value)
+		if err != nil {
+			return err
 		}
 		if r.spec.Linux.Sysctl == nil {
 			r.spec.Linux.Sysctl = map[string]string{}
@@ -341,6 +383,18 @@ func WithSysctl(key, value string) Option {
 		r.spec.Linux.Sysctl[k] = value
 		return nil
 	}
+}
+
+// CheckSysctl returns the name of a parameter with dots, or ErrInvalidArgument
+// for what WithSysctl does not allow.
+func CheckSysctl(key, value string) (string, error) {
+	k := strings.ReplaceAll(key, "/", ".")
+	own := strings.HasPrefix(k, "net.") || strings.HasPrefix(k, "fs.mqueue.") || slices.Contains(sysctls, k)
+	smuggles := strings.ContainsFunc(value, func(c rune) bool { return unicode.IsControl(c) && c != '\t' || c == '+' || c == '=' })
+	if !sysctlKey.MatchString(key) || !own || smuggles {
+		return "", fmt.Errorf("sysctl %s=%q: want a parameter of a namespace and a plain value: %w", shorten(key), shorten(value), errdefs.ErrInvalidArgument)
+	}
+	return k, nil
 }
 
 // WithOOMScoreAdj sets how soon the kernel kills the process, -1000 to 1000.

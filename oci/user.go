@@ -118,15 +118,61 @@ func resolveUser(passwd, group io.Reader, user string) (specs.User, error) {
 		u.GID, u.AdditionalGids = gid, []uint32{gid}
 		return u, nil
 	}
-	u.AdditionalGids = []uint32{u.GID}
-	if login == "" {
-		if u.UID != 0 {
-			return u, nil
-		}
+	if login == "" && u.UID == 0 {
 		login = "root"
 	}
-	seen := map[uint32]bool{u.GID: true}
-	err = entries(group, "group", func(f []string) (bool, error) {
+	u.AdditionalGids, err = memberships(group, login, []uint32{u.GID})
+	if err != nil {
+		return specs.User{}, err
+	}
+	return u, nil
+}
+
+// Memberships are the groups that list a user, a name or a number without a
+// group, by the rules and with the errors of ResolveUser; an unknown user has
+// none.
+func Memberships(passwd, group io.Reader, user string) ([]uint32, error) {
+	uid, byNumber, err := parseID(user)
+	if err != nil {
+		return nil, fmt.Errorf("groups of user %q: %w", shorten(user), err)
+	}
+	login := user
+	if byNumber || user == "" {
+		login = ""
+		err = entries(passwd, "passwd", func(f []string) (bool, error) {
+			if len(f) < 4 {
+				return false, nil
+			}
+			if id, ok, err := parseID(f[2]); err != nil || !ok || id != uid {
+				return false, nil
+			}
+			login = f[0]
+			return true, nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("groups of user %q: %w", shorten(user), err)
+		}
+		if login == "" && uid == 0 {
+			login = "root"
+		}
+	}
+	gids, err := memberships(group, login, nil)
+	if err != nil {
+		return nil, fmt.Errorf("groups of user %q: %w", shorten(user), err)
+	}
+	return gids, nil
+}
+
+// memberships adds the groups that list login to gids.
+func memberships(group io.Reader, login string, gids []uint32) ([]uint32, error) {
+	if login == "" {
+		return gids, nil
+	}
+	seen := map[uint32]bool{}
+	for _, g := range gids {
+		seen[g] = true
+	}
+	err := entries(group, "group", func(f []string) (bool, error) {
 		if len(f) < 4 || !slices.Contains(strings.Split(f[3], ","), login) {
 			return false, nil
 		}
@@ -135,18 +181,15 @@ func resolveUser(passwd, group io.Reader, user string) (specs.User, error) {
 			return false, fmt.Errorf("group id %q of %q: %w", shorten(f[2]), shorten(f[0]), outOfRange(err))
 		}
 		if !seen[gid] {
-			if len(u.AdditionalGids) >= maxGroups {
+			if len(gids) >= maxGroups {
 				return false, fmt.Errorf("more than %d groups: %w", maxGroups, errdefs.ErrOutOfRange)
 			}
 			seen[gid] = true
-			u.AdditionalGids = append(u.AdditionalGids, gid)
+			gids = append(gids, gid)
 		}
 		return false, nil
 	})
-	if err != nil {
-		return specs.User{}, err
-	}
-	return u, nil
+	return gids, err
 }
 
 // outOfRange is the class of a bad id in a file: the image is at fault.
