@@ -81,23 +81,23 @@ func (s *Service) Pull(ctx context.Context, name, handler string, auth *runtime.
 	w.stop()
 	// The image is here. What is missing takes no time, and a caller that goes
 	// away now shall not leave it half named.
-	ctx, done := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	rest, done := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer done()
-	f, err := s.inspect(ctx, w.saved, "", []target{t})
+	f, err := s.inspect(rest, w.saved, "", []target{t})
 	if err != nil {
 		return "", fmt.Errorf("pull %s: %w", named, err)
 	}
 	if s.d.Config.DiscardUnpackedLayers {
-		if err := s.discard(ctx, f.manifest); err != nil {
+		if err := s.discard(rest, f.manifest); err != nil {
 			return "", fmt.Errorf("pull %s: %w", named, err)
 		}
 	}
 	id, size = f.config.Digest.String(), f.size
-	if err := s.record(ctx, id, labels, w.saved); err != nil {
+	if err := s.record(rest, id, labels, w.saved); err != nil {
 		return "", fmt.Errorf("pull %s: %w", named, err)
 	}
 	for _, n := range []string{named.String(), reference.TrimNamed(named).String() + "@" + w.saved.Digest.String()} {
-		if _, err := s.refresh(ctx, n); err != nil {
+		if _, err := s.refresh(rest, n); err != nil {
 			return "", fmt.Errorf("pull %s: %w", named, err)
 		}
 	}
@@ -140,6 +140,7 @@ type watch struct {
 
 	mu    sync.Mutex
 	busy  map[string]string // what is done, and the ingest
+	moves uint64            // how often progress was made
 	timer *time.Timer
 }
 
@@ -154,7 +155,7 @@ func (w *watch) arm() {
 
 func (w *watch) expire() {
 	w.mu.Lock()
-	busy := maps.Clone(w.busy)
+	busy, moves := maps.Clone(w.busy), w.moves
 	w.mu.Unlock()
 	var stuck []string
 	for what, ingest := range busy {
@@ -165,6 +166,7 @@ func (w *watch) expire() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
+	case w.moves != moves: // and so the timer runs again
 	case len(stuck) > 0 && len(w.busy) > 0:
 		slices.Sort(stuck)
 		w.cancel(fmt.Errorf("%w: nothing received for %s (image_pull_progress_timeout) while %s", errStalled, w.limit, strings.Join(stuck, ", ")))
@@ -198,6 +200,7 @@ func (w *watch) progress(p transfer.Progress) {
 	default:
 		delete(w.busy, resolving)
 	}
+	w.moves++
 	if w.timer != nil {
 		w.timer.Reset(w.limit)
 	}
