@@ -1,0 +1,319 @@
+package cricontainer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/event"
+	"github.com/gantryd/gantry/core/task"
+	"github.com/gantryd/gantry/core/typed"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/lib/mountx"
+)
+
+// exitFile has a container's exit from when it was learnt until it is stored:
+// in between the shim forgets it.
+const (
+	exitFile = "exit"
+	maxExit  = 4096
+)
+
+type exitNote struct {
+	Status uint32
+	At     time.Time
+}
+
+func writeExit(dir string, x task.Exit) error {
+	b, err := json.Marshal(exitNote{x.Status, x.At})
+	if err != nil {
+		return err
+	}
+	next := filepath.Join(dir, exitFile+".new")
+	if err := os.WriteFile(next, b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(next, filepath.Join(dir, exitFile))
+}
+
+func readExit(dir string) (task.Exit, error) {
+	f, err := os.Open(filepath.Join(dir, exitFile))
+	if err != nil {
+		return task.Exit{}, err
+	}
+	defer f.Close()
+	b := make([]byte, maxExit)
+	n, err := f.Read(b)
+	if err != nil {
+		return task.Exit{}, err
+	}
+	var note exitNote
+	err = json.Unmarshal(b[:n], &note)
+	return task.Exit{Status: note.Status, At: note.At}, err
+}
+
+// late is how long the news of an exit is waited for when the task is gone.
+const late = 2 * time.Second
+
+// lost settles the end of a container whose task is gone: as was noted, or as
+// an event on its way says, or else in a way that nobody knows.
+func (s *Service) lost(ctx context.Context, c *cristate.Container) {
+	x, err := readExit(s.dir(c.ID()))
+	if err != nil {
+		if !errors.Is(err, os.ErrNotExist) {
+			s.Log.Warn("the note of a container's exit cannot be read", "container", c.ID(), "error", err)
+		}
+		x = task.Exit{Status: cristate.ExitUnknown}
+		wait := time.NewTimer(late)
+		defer wait.Stop()
+		select {
+		case <-c.Gone():
+		case <-wait.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+	defer cancel()
+	s.stopCopy(back, c.ID())
+	s.settle(c, x)
+}
+
+// Recover makes the containers known that are stored, as they were stored, and
+// begins to listen to what happens to them. It asks no shim: Run does that. It
+// is called once, before requests are served (contract 7.3.30).
+func (s *Service) Recover(ctx context.Context) error {
+	if err := os.MkdirAll(s.tmpDir(), 0o700); err != nil {
+		return fmt.Errorf("recover containers: %w", err)
+	}
+	if err := mountx.CleanupTemp(s.tmpDir(), unix.MNT_DETACH); err != nil {
+		s.Log.Warn("remove temporary mounts", "error", err)
+	}
+	var err error
+	s.sub, err = s.Events.Subscribe(ctx, fmt.Sprintf(`namespace==%q,topic==%q`, cristate.Namespace, event.TopicTaskExit), fmt.Sprintf(`namespace==%q,topic==%q`, cristate.Namespace, event.TopicTaskOOM))
+	if err != nil {
+		return fmt.Errorf("recover containers: %w", err)
+	}
+	err = s.view.Containers().Walk(ctx, func(rec container.Container) error {
+		ext, ok := rec.Extensions[cristate.ExtensionContainer]
+		if !ok {
+			s.half = append(s.half, rec)
+			return nil
+		}
+		if err := s.adopt(rec, ext); err != nil {
+			// It is not removed: who can repair it still has it.
+			s.Log.Error("container cannot be recovered", "container", rec.ID, "error", err)
+		}
+		return nil
+	}, fmt.Sprintf("labels.%q==%s", cristate.LabelKind, cristate.KindContainer))
+	if err != nil {
+		return fmt.Errorf("recover containers: %w", err)
+	}
+	return nil
+}
+
+func (s *Service) adopt(rec container.Container, ext typed.Any) error {
+	meta, err := cristate.DecodeContainer(ext)
+	if err != nil {
+		return err
+	}
+	if meta.ID != string(rec.ID) {
+		return fmt.Errorf("its metadata is that of %.80q: %w", meta.ID, errdefs.ErrInvalidArgument)
+	}
+	spec, err := decodeSpec(rec)
+	if err != nil {
+		return err
+	}
+	dir := s.dir(meta.ID)
+	st, err := cristate.ReadStatus(dir)
+	if err != nil {
+		// The file is not synced: it is lost with all processes of the host.
+		s.Log.Warn("status of a container", "container", meta.ID, "error", err)
+		st = cristate.Status{CreatedAt: rec.CreatedAt.UnixNano(), StartedAt: rec.CreatedAt.UnixNano(),
+			Resources: &runtime.ContainerResources{Linux: meta.Config.GetLinux().GetResources()}}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	c := cristate.NewContainer(meta, st, dir)
+	c.SetFacts(facts(spec, rec.Snapshotter, rec.SnapshotKey))
+	if err := s.Containers.Add(c); err != nil {
+		return err
+	}
+	s.found = append(s.found, c)
+	return nil
+}
+
+// askers is how many shims are asked at a time after a start.
+const askers = 32
+
+// Run puts containers together with their tasks, removes what interrupted
+// operations left, and then handles what happens until ctx ends.
+func (s *Service) Run(ctx context.Context) error {
+	if s.sub == nil {
+		return fmt.Errorf("containers were not recovered: %w", errdefs.ErrFailedPrecondition)
+	}
+	defer s.sub.Close()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer s.letGo()
+	wg.Go(func() { s.sweep(ctx) })
+	turns := make(chan struct{}, askers)
+	for _, c := range s.found {
+		wg.Go(func() { s.reconcile(ctx, c, turns) })
+	}
+	s.found = nil
+	for {
+		e, err := s.sub.Next(ctx)
+		if err != nil {
+			if ctx.Err() != nil {
+				err = nil
+			}
+			return err
+		}
+		s.handle(ctx, e, func(fn func()) { wg.Go(fn) })
+	}
+}
+
+// letGo ends all copiers; those of the next daemon go on where they stopped.
+func (s *Service) letGo() {
+	ctx, cancel := context.WithTimeout(context.Background(), cleanup)
+	defer cancel()
+	if err := s.creating.Wait(ctx); err != nil {
+		s.Log.Warn("creations go on", "stages", s.creating.Stages())
+	}
+	s.mu.Lock()
+	all := s.copies
+	s.copies = map[string]*copier{}
+	s.mu.Unlock()
+	for _, cp := range all {
+		cp.end()
+	}
+}
+
+// reconcile asks a container's task, as often as it takes to get an answer.
+// Until then the container is as it was when the last daemon ended.
+func (s *Service) reconcile(ctx context.Context, c *cristate.Container, turns chan struct{}) {
+	if c.Status().FinishedAt != 0 {
+		// Its task may not have been deleted any more.
+		if err := s.deleteTask(ctx, c.ID()); err != nil && ctx.Err() == nil {
+			s.Log.Warn("delete the task of a container that has ended", "container", c.ID(), "error", err)
+		}
+		return
+	}
+	if pod := s.pod(c); pod != nil {
+		if _, err := os.Lstat(filepath.Join(s.stateDir(c.ID()), fifoStdout)); err == nil {
+			if err := s.startCopy(pod, c); err != nil {
+				s.Log.Error("copy the output of a container", "container", c.ID(), "error", err)
+			}
+		}
+	}
+	for pause := time.Second; ; pause = min(2*pause, 30*time.Second) {
+		select {
+		case turns <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		p, err := s.tasks().Get(ctx, container.ID(c.ID()), "")
+		<-turns
+		if err == nil || errdefs.IsNotFound(err) {
+			s.compare(ctx, c, p, err == nil)
+			return
+		}
+		if ctx.Err() != nil || c.Status().FinishedAt != 0 {
+			return
+		}
+		s.Log.Warn("a container's shim does not say how it is", "container", c.ID(), "error", err)
+		if merr := c.Mark(func(st *cristate.Status) error { st.Unknown = st.FinishedAt == 0; return nil }); merr != nil {
+			s.Log.Error("mark a container", "container", c.ID(), "error", merr)
+		}
+		if sleep(ctx, pause) != nil {
+			return
+		}
+	}
+}
+
+// compare settles what is stored of a container with what its shim says.
+func (s *Service) compare(ctx context.Context, c *cristate.Container, p task.Process, exists bool) {
+	unlock, err := s.Containers.Lock(ctx, c.ID())
+	if err != nil {
+		return
+	}
+	defer unlock()
+	st := c.Status()
+	if st.FinishedAt != 0 || st.Starting {
+		return
+	}
+	created := st.StartedAt == 0
+	switch {
+	case !exists && created:
+		return // it was never started
+	case !exists:
+		s.lost(ctx, c)
+	case p.Status == task.StatusStopped:
+		s.exited(ctx, c, task.Exit{ID: p.ID, Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
+	case p.Status == task.StatusCreated:
+		// The start was interrupted, its caller has been told nothing.
+		if err := s.endTask(ctx, c.ID()); err != nil {
+			s.Log.Warn("remove the task of a container that was not started", "container", c.ID(), "error", err)
+		}
+		s.stopCopy(ctx, c.ID())
+	default:
+		err := c.Change(func(st *cristate.Status) error {
+			if st.FinishedAt != 0 {
+				return nil
+			}
+			if st.Pid, st.Unknown = p.Pid, false; created {
+				st.StartedAt = time.Now().UnixNano()
+			}
+			return nil
+		})
+		if err != nil {
+			s.Log.Error("store that a container runs", "container", c.ID(), "error", err)
+		}
+		if created {
+			s.notify(runtime.ContainerEventType_CONTAINER_STARTED_EVENT, c)
+		}
+	}
+}
+
+// sweep removes what belongs to no container: records of creations that were
+// interrupted, with all they name, and directories without a record.
+func (s *Service) sweep(ctx context.Context) {
+	for _, rec := range s.half {
+		if err := s.removeParts(ctx, string(rec.ID), rec.Snapshotter, rec.SandboxID); err != nil {
+			s.Log.Warn("remove a container that was not complete", "container", rec.ID, "error", err)
+		}
+	}
+	s.half = nil
+	dirs := map[string]struct{}{}
+	for _, parent := range []string{s.dir(""), s.stateDir("")} {
+		entries, err := os.ReadDir(parent)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			s.Log.Warn("directories of containers", "error", err)
+		}
+		for _, e := range entries {
+			dirs[e.Name()] = struct{}{}
+		}
+	}
+	// A record is made before its directories: whose record is not there now
+	// was removed.
+	for id := range dirs {
+		if _, err := s.view.Containers().Get(ctx, container.ID(id)); !errdefs.IsNotFound(err) {
+			continue
+		}
+		if err := s.removeParts(ctx, id, "", ""); err != nil {
+			s.Log.Warn("remove what is left of a container", "container", id, "error", err)
+		}
+	}
+}

@@ -1,0 +1,267 @@
+package cricontainer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/event"
+	"github.com/gantryd/gantry/core/task"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+)
+
+// cleanup is how long is tried to take back what did not succeed.
+const cleanup = 30 * time.Second
+
+// Start starts a container that was created. One that cannot be started has
+// exited, with code 128 and reason StartError (contract 7.1.12). ErrNotFound;
+// ErrFailedPrecondition in another state, or if the pod is not ready.
+func (s *Service) Start(ctx context.Context, id string) error {
+	c, err := s.Containers.Get(id)
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	id = c.ID()
+	unlock, err := s.Containers.Lock(ctx, id)
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	defer unlock()
+	pod := s.pod(c)
+	if pod == nil || pod.Status().State != cristate.PodReady {
+		return fmt.Errorf("start container %s: its pod %s is not ready: %w", id, c.Meta().SandboxID, errdefs.ErrFailedPrecondition)
+	}
+	err = c.Mark(func(st *cristate.Status) error {
+		if st.Removing || st.Starting || st.State() != runtime.ContainerState_CONTAINER_CREATED {
+			return fmt.Errorf("start container %s: it is %s: %w", id, st.State(), errdefs.ErrFailedPrecondition)
+		}
+		st.Starting = true
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	over := make(chan struct{})
+	s.mu.Lock()
+	s.starting[id] = over
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.starting, id)
+		s.mu.Unlock()
+		close(over)
+	}()
+	ctx, cancel := context.WithTimeoutCause(ctx, s.Limits.Start, fmt.Errorf("the limit of %s for a start: %w", s.Limits.Start, context.DeadlineExceeded))
+	defer cancel()
+	pid, err := s.launch(ctx, pod, c)
+	if err == nil {
+		if err = c.Change(func(st *cristate.Status) error {
+			st.Starting, st.Pid, st.StartedAt = false, pid, time.Now().UnixNano()
+			return nil
+		}); err == nil {
+			s.Faults.Pass("cri.container.task-started")
+			s.notify(runtime.ContainerEventType_CONTAINER_STARTED_EVENT, c)
+			if s.NRI != nil {
+				s.NRI.PostStartContainer(ctx, pod, c)
+			}
+			return nil
+		}
+	}
+	back, stop := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+	defer stop()
+	if cerr := s.endTask(back, id); cerr != nil {
+		s.Log.Warn("remove the task of a container that did not start", "container", id, "error", cerr)
+	}
+	s.stopCopy(back, id)
+	failed := func(st *cristate.Status) error {
+		st.Starting, st.Pid, st.FinishedAt = false, 0, time.Now().UnixNano()
+		st.ExitCode, st.Reason, st.Message = cristate.ExitStartError, cristate.ReasonStartError, err.Error()
+		return nil
+	}
+	if cerr := c.Change(failed); cerr != nil {
+		err = errors.Join(err, cerr)
+		if merr := c.Mark(func(st *cristate.Status) error { st.Starting = false; return nil }); merr != nil {
+			err = errors.Join(err, merr)
+		}
+	} else {
+		s.notify(runtime.ContainerEventType_CONTAINER_STOPPED_EVENT, c)
+	}
+	return fmt.Errorf("start container %s: %w", id, err)
+}
+
+// launch makes the task and starts it.
+func (s *Service) launch(ctx context.Context, pod *cristate.Pod, c *cristate.Container) (uint32, error) {
+	id := container.ID(c.ID())
+	if s.NRI != nil {
+		if err := s.NRI.StartContainer(ctx, pod, c); err != nil {
+			return 0, err
+		}
+	}
+	opts := task.CreateOptions{}
+	if s.Endpoint != nil {
+		at, err := s.Endpoint(ctx, pod.ID())
+		if err != nil {
+			return 0, err
+		}
+		opts.APIAddress, opts.APIVersion = at.Address, at.Version
+	}
+	_, handler, err := s.Config.Handler(pod.Meta().RuntimeHandler)
+	if err != nil {
+		return 0, err
+	}
+	opts.RuntimePath = handler.Path
+	rec, err := s.view.Containers().Get(ctx, id)
+	if err != nil {
+		return 0, err
+	}
+	if opts.IO, err = s.openIO(ctx, pod, c, rec.Runtime); err != nil {
+		return 0, err
+	}
+	if _, err := s.tasks().Create(ctx, id, opts); err != nil {
+		return 0, err
+	}
+	s.Faults.Pass("cri.container.task-created")
+	return s.tasks().Start(ctx, id, "")
+}
+
+// endTask kills and deletes a task, if there is one.
+func (s *Service) endTask(ctx context.Context, id string) error {
+	if err := s.tasks().Kill(ctx, container.ID(id), "", uint32(unix.SIGKILL), true); err != nil && !errdefs.IsNotFound(err) {
+		s.Log.Debug("kill", "container", id, "error", err)
+	} else if err == nil {
+		few, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		if _, err := s.tasks().Wait(few, container.ID(id), ""); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return s.deleteTask(ctx, id)
+}
+
+// deleteTask removes a task that has ended, if there is one.
+func (s *Service) deleteTask(ctx context.Context, id string) error {
+	_, err := s.tasks().Delete(ctx, container.ID(id))
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// flush bounds how long an exit is held back until the shim has written all
+// output, so that who sees the exit finds the last line in the log.
+const flush = time.Second
+
+// exited settles a container's end, once. It does not take the container's
+// lock: a Stop that waits for the end may come before and after it.
+func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit) {
+	id := c.ID()
+	s.mu.Lock()
+	over := s.starting[id]
+	s.mu.Unlock()
+	if over != nil {
+		select {
+		case <-over:
+		case <-ctx.Done():
+			return
+		}
+	}
+	if c.Status().FinishedAt != 0 {
+		return
+	}
+	if err := writeExit(s.dir(id), x); err != nil {
+		s.Log.Error("keep the exit of a container", "container", id, "error", err)
+	}
+	deleted := make(chan error, 1)
+	go func() {
+		back, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Limits.Remove)
+		defer cancel()
+		s.stopCopy(back, id)
+		deleted <- s.deleteTask(back, id)
+	}()
+	wait := time.NewTimer(flush)
+	defer wait.Stop()
+	select {
+	case err := <-deleted:
+		if err != nil {
+			s.Log.Warn("delete the task of a container that has ended", "container", id, "error", err)
+		}
+		s.Faults.Pass("cri.container.task-deleted")
+	case <-wait.C:
+	}
+	s.settle(c, x)
+}
+
+// settle stores how a container ended, and tells it.
+func (s *Service) settle(c *cristate.Container, x task.Exit) {
+	known := errors.New("it has ended before")
+	at := x.At
+	if at.IsZero() {
+		at = time.Now()
+	}
+	err := c.Change(func(st *cristate.Status) error {
+		if st.FinishedAt != 0 {
+			return known
+		}
+		if st.StartedAt == 0 {
+			st.StartedAt = at.UnixNano()
+		}
+		st.Pid, st.FinishedAt, st.ExitCode, st.Unknown = 0, max(at.UnixNano(), st.StartedAt), int32(x.Status), false
+		switch {
+		case st.Reason == cristate.ReasonOOMKilled && x.Status != 0:
+		case x.Status == cristate.ExitUnknown && x.At.IsZero():
+			st.Reason = cristate.ReasonUnknown
+		case x.Status == 0:
+			st.Reason = cristate.ReasonCompleted
+		default:
+			st.Reason = cristate.ReasonError
+		}
+		return nil
+	})
+	switch {
+	case errors.Is(err, known):
+		return
+	case err != nil:
+		s.Log.Error("store the exit of a container", "container", c.ID(), "error", err)
+		return
+	}
+	s.notify(runtime.ContainerEventType_CONTAINER_STOPPED_EVENT, c)
+}
+
+// outOfMemory remembers that the kernel killed something in the container for
+// lack of memory. The shim says so before it tells an exit; an event that was
+// kept while the daemon was away may come after it (promise P18).
+func (s *Service) outOfMemory(c *cristate.Container, at time.Time) {
+	err := c.Change(func(st *cristate.Status) error {
+		if st.FinishedAt != 0 && (st.ExitCode == 0 || st.Reason == cristate.ReasonStartError || at.After(cristate.Time(st.FinishedAt).Add(time.Second))) {
+			return errdefs.ErrFailedPrecondition
+		}
+		st.Reason = cristate.ReasonOOMKilled
+		return nil
+	})
+	if err != nil && !errors.Is(err, errdefs.ErrFailedPrecondition) {
+		s.Log.Error("store that memory ran out", "container", c.ID(), "error", err)
+	}
+}
+
+// handle takes one event. It does not wait.
+func (s *Service) handle(ctx context.Context, e event.Envelope, start func(func())) {
+	switch p := e.Event.(type) {
+	case event.TaskOOM:
+		if c, err := s.Containers.Get(p.ContainerID); err == nil && c.ID() == p.ContainerID {
+			s.outOfMemory(c, e.Timestamp)
+		}
+	case event.TaskExit:
+		if p.ID != p.ContainerID {
+			return // of an exec
+		}
+		if c, err := s.Containers.Get(p.ContainerID); err == nil && c.ID() == p.ContainerID {
+			start(func() { s.exited(ctx, c, task.Exit{ID: p.ID, Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt}) })
+		}
+	}
+}
