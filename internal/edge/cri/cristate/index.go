@@ -87,17 +87,22 @@ func (x *Index[T]) ByName(name string) (T, bool) {
 
 // List returns all, in the order of their ids.
 func (x *Index[T]) List() []T {
+	type item struct {
+		id string
+		t  T
+	}
 	x.mu.RLock()
-	all := make([]T, 0, len(x.byID))
-	for _, t := range x.byID {
-		all = append(all, t)
+	items := make([]item, 0, len(x.byID))
+	for id, t := range x.byID {
+		items = append(items, item{id, t})
 	}
 	x.mu.RUnlock()
-	slices.SortFunc(all, func(a, b T) int {
-		ida, _ := a.key()
-		idb, _ := b.key()
-		return cmp.Compare(ida, idb)
-	})
+	// Asking each thing for its id would lock all of them many times.
+	slices.SortFunc(items, func(a, b item) int { return cmp.Compare(a.id, b.id) })
+	all := make([]T, len(items))
+	for i := range items {
+		all[i] = items[i].t
+	}
 	return all
 }
 
