@@ -1,5 +1,5 @@
-// Package sandboxrpc is the store half of containerd.services.sandbox.v1 on
-// both sides.
+// Package sandboxrpc is containerd.services.sandbox.v1 on both sides: the store
+// of records, and the controllers that run what they describe.
 package sandboxrpc
 
 import (
@@ -35,11 +35,11 @@ func (s *Server) Create(ctx context.Context, r *sandboxapi.StoreCreateRequest) (
 	if r.Sandbox == nil {
 		return nil, wire.Missing("sandbox")
 	}
-	sb, err := v.Sandboxes().Create(ctx, fromProto(r.Sandbox))
+	sb, err := v.Sandboxes().Create(ctx, FromProto(r.Sandbox))
 	if err != nil {
 		return nil, err
 	}
-	return &sandboxapi.StoreCreateResponse{Sandbox: toProto(sb)}, nil
+	return &sandboxapi.StoreCreateResponse{Sandbox: ToProto(sb)}, nil
 }
 
 // Update implements the RPC.
@@ -51,11 +51,11 @@ func (s *Server) Update(ctx context.Context, r *sandboxapi.StoreUpdateRequest) (
 	if r.Sandbox == nil {
 		return nil, wire.Missing("sandbox")
 	}
-	sb, err := v.Sandboxes().Update(ctx, fromProto(r.Sandbox), r.Fields...)
+	sb, err := v.Sandboxes().Update(ctx, FromProto(r.Sandbox), r.Fields...)
 	if err != nil {
 		return nil, err
 	}
-	return &sandboxapi.StoreUpdateResponse{Sandbox: toProto(sb)}, nil
+	return &sandboxapi.StoreUpdateResponse{Sandbox: ToProto(sb)}, nil
 }
 
 // Delete implements the RPC.
@@ -79,7 +79,7 @@ func (s *Server) List(ctx context.Context, r *sandboxapi.StoreListRequest) (*san
 	}
 	resp := &sandboxapi.StoreListResponse{List: make([]*types.Sandbox, len(all))}
 	for i, sb := range all {
-		resp.List[i] = toProto(sb)
+		resp.List[i] = ToProto(sb)
 	}
 	return resp, nil
 }
@@ -94,7 +94,7 @@ func (s *Server) Get(ctx context.Context, r *sandboxapi.StoreGetRequest) (*sandb
 	if err != nil {
 		return nil, err
 	}
-	return &sandboxapi.StoreGetResponse{Sandbox: toProto(sb)}, nil
+	return &sandboxapi.StoreGetResponse{Sandbox: ToProto(sb)}, nil
 }
 
 type client struct {
@@ -116,7 +116,7 @@ func (c *client) Get(ctx context.Context, id string) (sandbox.Sandbox, error) {
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	return fromProto(r.Sandbox), nil
+	return FromProto(r.Sandbox), nil
 }
 
 func (c *client) List(ctx context.Context, filters ...string) ([]sandbox.Sandbox, error) {
@@ -126,25 +126,25 @@ func (c *client) List(ctx context.Context, filters ...string) ([]sandbox.Sandbox
 	}
 	out := make([]sandbox.Sandbox, len(r.List))
 	for i, sb := range r.List {
-		out[i] = fromProto(sb)
+		out[i] = FromProto(sb)
 	}
 	return out, nil
 }
 
 func (c *client) Create(ctx context.Context, sb sandbox.Sandbox) (sandbox.Sandbox, error) {
-	r, err := c.api.Create(c.out(ctx), &sandboxapi.StoreCreateRequest{Sandbox: toProto(sb)})
+	r, err := c.api.Create(c.out(ctx), &sandboxapi.StoreCreateRequest{Sandbox: ToProto(sb)})
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	return fromProto(r.Sandbox), nil
+	return FromProto(r.Sandbox), nil
 }
 
 func (c *client) Update(ctx context.Context, sb sandbox.Sandbox, fields ...string) (sandbox.Sandbox, error) {
-	r, err := c.api.Update(c.out(ctx), &sandboxapi.StoreUpdateRequest{Sandbox: toProto(sb), Fields: fields})
+	r, err := c.api.Update(c.out(ctx), &sandboxapi.StoreUpdateRequest{Sandbox: ToProto(sb), Fields: fields})
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	return fromProto(r.Sandbox), nil
+	return FromProto(r.Sandbox), nil
 }
 
 func (c *client) Delete(ctx context.Context, id string) error {
@@ -152,14 +152,16 @@ func (c *client) Delete(ctx context.Context, id string) error {
 	return err
 }
 
-func toProto(s sandbox.Sandbox) *types.Sandbox {
+// ToProto makes the message of a record.
+func ToProto(s sandbox.Sandbox) *types.Sandbox {
 	return &types.Sandbox{SandboxID: s.ID, Sandboxer: s.Sandboxer, Labels: s.Labels,
 		Runtime: &types.Sandbox_Runtime{Name: s.Runtime.Name, Options: wire.AnyToProto(s.Runtime.Options)},
 		Spec:    wire.AnyToProto(s.Spec), Extensions: wire.AnysToProto(s.Extensions),
 		CreatedAt: wire.TimeToProto(s.CreatedAt), UpdatedAt: wire.TimeToProto(s.UpdatedAt)}
 }
 
-func fromProto(s *types.Sandbox) sandbox.Sandbox {
+// FromProto makes the record of a message, which may be nil.
+func FromProto(s *types.Sandbox) sandbox.Sandbox {
 	return sandbox.Sandbox{ID: s.GetSandboxID(), Sandboxer: s.GetSandboxer(), Labels: s.GetLabels(),
 		Runtime: container.Runtime{Name: s.GetRuntime().GetName(), Options: wire.AnyFromProto(s.GetRuntime().GetOptions())},
 		Spec:    wire.AnyFromProto(s.GetSpec()), Extensions: wire.AnysFromProto(s.GetExtensions()),
