@@ -142,13 +142,15 @@ func lookup(env []string, name string) string {
 	return ""
 }
 
-// kill ends the processes with such an environment. It gives up waiting when
-// the kernel is slow to show one: that is what its own page faults can do.
+// kill ends the processes with such an environment, and those that they start
+// meanwhile. It gives up waiting when the kernel is slow to show or to end one.
 func kill(match func(environ []string) bool) {
-	done := make(chan struct{})
+	done, over := make(chan struct{}), time.Now().Add(killedFor)
 	go func() {
 		defer close(done)
-		scan(match)
+		for scan(match) && time.Now().Before(over) {
+			time.Sleep(time.Millisecond)
+		}
 	}()
 	select {
 	case <-done:
@@ -156,10 +158,11 @@ func kill(match func(environ []string) bool) {
 	}
 }
 
-func scan(match func(environ []string) bool) {
+// scan kills those that are there now, and says whether there were any.
+func scan(match func(environ []string) bool) (found bool) {
 	dir, err := os.Open("/proc")
 	if err != nil {
-		return
+		return false
 	}
 	defer dir.Close()
 	names, _ := dir.Readdirnames(-1)
@@ -176,9 +179,11 @@ func scan(match func(environ []string) bool) {
 		data, err := os.ReadFile("/proc/" + name + "/environ")
 		if err == nil && match(strings.Split(string(data), "\x00")) {
 			_ = proc.Kill()
+			found = true
 		}
 		_ = proc.Release()
 	}
+	return found
 }
 
 // bounded keeps what is written up to max bytes; more is an error, or dropped.

@@ -195,10 +195,16 @@ func (n *Network) held(id string) *held {
 
 func (n *Network) lock(ctx context.Context, in *intent) (func(), error) {
 	unlock, err := n.ops.Lock(ctx, in.ID)
-	if err != nil {
-		return nil, fmt.Errorf("%s: wait for another operation on its network: %w", in, err)
+	if err == nil {
+		return unlock, nil
 	}
-	return unlock, nil
+	before := "adds it or deletes it"
+	n.mu.Lock()
+	if h := n.intents[in.ID]; h != nil && h.last != nil {
+		before = fmt.Sprintf("tries again after: %v", h.last)
+	}
+	n.mu.Unlock()
+	return nil, fmt.Errorf("%s: wait for its network, another operation %s: %w", in, before, err)
 }
 
 func (n *Network) limit(ctx context.Context) (context.Context, context.CancelFunc) {

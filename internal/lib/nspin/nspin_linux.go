@@ -113,8 +113,15 @@ func sysMap(m idmap.Map) []syscall.SysProcIDMap {
 func onThread(fn func() error) error {
 	result := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked
-		result <- fn()
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The first thread is never thrown away, and what it is in is what
+			// /proc shows of the program. While it is held here, fn gets another one.
+			defer runtime.UnlockOSThread()
+			result <- onThread(fn)
+			return
+		}
+		result <- fn() // never unlocked
 	}()
 	return <-result
 }
