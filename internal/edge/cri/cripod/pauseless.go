@@ -210,18 +210,43 @@ func setUp(meta cristate.PodMeta, paths map[nspin.Kind]string, sysctls map[strin
 				return fmt.Errorf("set host name %q: %w", hostname, err)
 			}
 		}
+		var late []string
 		for key, value := range sysctls {
-			// Opened by this thread: the file is that of its namespaces.
-			path := filepath.Join("/proc/sys", strings.ReplaceAll(key, ".", "/"))
-			if strings.Contains(key, "/") {
-				path = filepath.Join("/proc/sys", key)
+			if sysctlOf(key) == nspin.IPC {
+				late = append(late, key)
+			} else if err := writeSysctl(key, value); err != nil {
+				return err
 			}
-			if err := os.WriteFile(path, []byte(value), 0); err != nil {
-				return fmt.Errorf("sysctl %s=%s: %w", key, value, err)
+		}
+		if len(late) == 0 {
+			return nil
+		}
+		// Those of IPC obey the root of the namespace's users alone. The thread is
+		// thrown away, so it becomes that one; the others of the process do not.
+		if uid := rootOf(modes(meta.Config).GetUsernsOptions().GetUids()); uid != 0 {
+			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
+				return fmt.Errorf("become user %d: %w", uid, errno)
+			}
+		}
+		for _, key := range late {
+			if err := writeSysctl(key, sysctls[key]); err != nil {
+				return err
 			}
 		}
 		return nil
 	})
+}
+
+// writeSysctl sets a sysctl of the calling thread's namespaces: it is those of
+// the thread that opens the file.
+func writeSysctl(key, value string) error {
+	if !strings.Contains(key, "/") {
+		key = strings.ReplaceAll(key, ".", "/")
+	}
+	if err := os.WriteFile(filepath.Join("/proc/sys", key), []byte(value), 0); err != nil {
+		return fmt.Errorf("sysctl %s=%s: %w", key, value, err)
+	}
+	return nil
 }
 
 // sysctlOf is the kind of namespace that a sysctl belongs to, "host" for none.
