@@ -36,6 +36,9 @@ type ImageStore struct {
 	References []Reference
 	// Unpacks says what to unpack and where; nothing if empty.
 	Unpacks []Unpack
+	// Describe tells snapshotters of each layer the image's name, its manifest
+	// and the layers from this one on (contract 1.5.16). It is not on the wire.
+	Describe bool
 }
 
 // Reference is a further name of an image (contract 6.3.8).

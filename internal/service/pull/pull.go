@@ -9,6 +9,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -21,6 +23,7 @@ import (
 
 	"github.com/gantryd/gantry/core/manifest"
 	"github.com/gantryd/gantry/core/registry"
+	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/transfer"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/lib/keymutex"
@@ -266,9 +269,13 @@ func (j *job) layers(ctx context.Context) error {
 			g.Go(func() error { return img.fetching.all(gctx) })
 			continue
 		}
+		m := img.manifest
+		if j.want.Describe {
+			m.Layers = described(m.Layers, j.want.Name, img.desc)
+		}
 		g.Go(func() error {
 			for _, snapshotter := range todo {
-				if err := j.s.unpacker.Unpack(gctx, j.rec, img.manifest, snapshotter, img.fetching.ready, j.progress); err != nil {
+				if err := j.s.unpacker.Unpack(gctx, j.rec, m, snapshotter, img.fetching.ready, j.progress); err != nil {
 					return err
 				}
 			}
@@ -280,6 +287,27 @@ func (j *job) layers(ctx context.Context) error {
 		img.fetching.end()
 	}
 	return err
+}
+
+// described are the layers of a manifest with the annotations that remote
+// snapshotters know an image by. The list of layers is as long as a label may be.
+func described(layers []ocispec.Descriptor, name string, desc ocispec.Descriptor) []ocispec.Descriptor {
+	const prefix, list = snapshot.LabelPrefix + "cri.", snapshot.LabelPrefix + "cri.image-layers"
+	out := slices.Clone(layers)
+	for i, l := range layers {
+		following := l.Digest.String()
+		for _, next := range layers[i+1:] {
+			if len(list)+len(following)+1+len(next.Digest) > 4096 {
+				break
+			}
+			following += "," + next.Digest.String()
+		}
+		a := map[string]string{}
+		maps.Copy(a, l.Annotations)
+		a[prefix+"image-ref"], a[prefix+"manifest-digest"], a[prefix+"layer-digest"], a[list] = name, desc.Digest.String(), l.Digest.String(), following
+		out[i].Annotations = a
+	}
+	return out
 }
 
 // unpacks says which manifest goes into which snapshotters. A platform that

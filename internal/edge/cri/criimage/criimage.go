@@ -25,6 +25,7 @@ import (
 
 	"github.com/gantryd/gantry/core/event"
 	"github.com/gantryd/gantry/core/image"
+	"github.com/gantryd/gantry/core/lease"
 	"github.com/gantryd/gantry/core/manifest"
 	"github.com/gantryd/gantry/core/transfer"
 	"github.com/gantryd/gantry/core/view"
@@ -74,10 +75,13 @@ type Service struct {
 	targets []target // platforms that images may be here for, the usual one first
 
 	names  keymutex.Map // an image record's name: index and store are compared one at a time
-	pulls  keymutex.Map // a sandbox image and its snapshotter: one pull for all
+	pulls  keymutex.Map // a sandbox image and its runtime handler: one pull for all
 	index  index
 	usage  *sampler
 	counts counters
+
+	ready     chan struct{}
+	readyOnce sync.Once
 }
 
 // target is what a runtime handler's images are unpacked for, and into what.
@@ -95,7 +99,7 @@ func New(d Deps) (*Service, []Warning, error) {
 		d.Log = slog.New(slog.DiscardHandler)
 	}
 	d.Config.Snapshotter = cmp.Or(d.Config.Snapshotter, "overlayfs")
-	s := &Service{d: d, index: newIndex()}
+	s := &Service{d: d, index: newIndex(), ready: make(chan struct{})}
 	warnings := ineffective(d)
 	var err error
 	if s.view, err = d.Source.In(cristate.Namespace, ""); err != nil {
@@ -251,8 +255,11 @@ func (s *Service) EnsureUnpacked(ctx context.Context, leased view.Records, img I
 	if err != nil {
 		return fmt.Errorf("image %s: %w", img.ID, err)
 	}
-	if _, err := store.Stat(ctx, img.ChainID); !errdefs.IsNotFound(err) {
-		return err
+	// A snapshot that the config has no label for is not the image's to keep.
+	if _, err := store.Stat(ctx, img.ChainID); err == nil && s.unpacked(ctx, img.ConfigDesc.Digest, img.ChainID, img.Snapshotter) {
+		return nil
+	} else if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("image %s: %w", img.ID, err)
 	}
 	if err := s.d.Unpacker.Image(ctx, leased, img.Manifest, transfer.Unpack{Platform: &img.Platform, Snapshotter: img.Snapshotter}, func(transfer.Progress) {}); err != nil {
 		return fmt.Errorf("image %s: %w", img.ID, err)
@@ -265,28 +272,32 @@ func (s *Service) SandboxImage() string {
 	return cmp.Or(s.d.Config.PinnedImages["sandbox"], cristate.PauseImage)
 }
 
-// EnsureSandboxImage finds the image of pause containers, and pulls it unless
-// the runtime handler says disable_pause_image_pull: then ErrNotFound. Any
-// number of pods that need it wait for one pull.
+// EnsureSandboxImage finds the image of pause containers and unpacks it for the
+// runtime handler. If it is not here, it is pulled, unless the handler says
+// disable_pause_image_pull: then ErrNotFound. Any number of pods that need it
+// wait for one pull.
 func (s *Service) EnsureSandboxImage(ctx context.Context, handler string) (Image, error) {
 	name := s.SandboxImage()
-	t, err := s.target(handler)
-	if err != nil {
-		return Image{}, fmt.Errorf("sandbox image %s: %w", name, err)
+	img, err := s.Resolve(ctx, name, handler)
+	if err == nil && s.unpacked(ctx, img.ConfigDesc.Digest, img.ChainID, img.Snapshotter) {
+		return img, nil
 	}
-	if img, err := s.sandboxImage(ctx, name, handler, t); !errdefs.IsNotFound(err) {
-		return img, err
+	if err != nil && !errdefs.IsNotFound(err) {
+		return Image{}, fmt.Errorf("sandbox image: %w", err)
 	}
-	if _, rt, err := s.d.Runtime.Handler(handler); err == nil && rt.DisablePauseImagePull {
-		return Image{}, fmt.Errorf("sandbox image %s is not here, and disable_pause_image_pull is set: %w", name, errdefs.ErrNotFound)
-	}
-	unlock, err := s.pulls.Lock(ctx, name+" "+t.snapshotter)
+	unlock, err := s.pulls.Lock(ctx, name+" "+handler)
 	if err != nil {
 		return Image{}, fmt.Errorf("sandbox image %s: wait for the pull under way: %w", name, err)
 	}
 	defer unlock()
-	if img, err := s.sandboxImage(ctx, name, handler, t); !errdefs.IsNotFound(err) {
+	if img, err = s.Resolve(ctx, name, handler); err == nil {
+		err = s.unpack(ctx, img)
+	}
+	if err == nil || !errdefs.IsNotFound(err) {
 		return img, err
+	}
+	if _, rt, err := s.d.Runtime.Handler(handler); err == nil && rt.DisablePauseImagePull {
+		return Image{}, fmt.Errorf("sandbox image %s is not here, and disable_pause_image_pull is set: %w", name, errdefs.ErrNotFound)
 	}
 	id, err := s.Pull(ctx, name, handler, nil)
 	if err != nil {
@@ -295,12 +306,27 @@ func (s *Service) EnsureSandboxImage(ctx context.Context, handler string) (Image
 	return s.Resolve(ctx, id, handler)
 }
 
-func (s *Service) sandboxImage(ctx context.Context, name, handler string, t target) (Image, error) {
-	img, err := s.Resolve(ctx, name, handler)
-	if err == nil && !s.unpacked(ctx, img.ConfigDesc.Digest, img.ChainID, t.snapshotter) {
-		return Image{}, fmt.Errorf("sandbox image %s in snapshotter %s: %w", name, t.snapshotter, errdefs.ErrNotFound)
+// unpack is EnsureUnpacked with a lease of its own.
+func (s *Service) unpack(ctx context.Context, img Image) error {
+	if s.unpacked(ctx, img.ConfigDesc.Digest, img.ChainID, img.Snapshotter) {
+		return nil
 	}
-	return img, err
+	l, err := s.view.Leases().Create(ctx, lease.Lease{Labels: map[string]string{lease.LabelExpire: time.Now().Add(time.Hour).UTC().Format(time.RFC3339)}})
+	if err != nil {
+		return fmt.Errorf("unpack image %s: lease: %w", img.ID, err)
+	}
+	defer func() {
+		rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		if err := s.view.Leases().Delete(rest, l.ID, false); err != nil && !errdefs.IsNotFound(err) {
+			s.d.Log.Warn("lease of an unpack is left to expire", "lease", l.ID, "err", err)
+		}
+	}()
+	leased, err := s.d.Source.In(cristate.Namespace, l.ID)
+	if err != nil {
+		return fmt.Errorf("unpack image %s: %w", img.ID, err)
+	}
+	return s.EnsureUnpacked(ctx, leased, img)
 }
 
 // unpacked reports whether a config's label says so.
@@ -325,7 +351,7 @@ func (s *Service) Recover(ctx context.Context) error {
 	}
 	for _, name := range s.index.all() {
 		if !here[name] {
-			s.index.drop(name)
+			_, _ = s.refresh(ctx, name) // it went, or came just now
 		}
 	}
 	var wg sync.WaitGroup
@@ -352,8 +378,16 @@ func (s *Service) Recover(ctx context.Context) error {
 	}
 	close(work)
 	wg.Wait()
-	return ctx.Err()
+	if ctx.Err() != nil {
+		return fmt.Errorf("recover images: %w", ctx.Err())
+	}
+	s.readyOnce.Do(func() { close(s.ready) })
+	return nil
 }
+
+// Ready is closed when the index has been filled for the first time. Until
+// then, images seem to be missing that are not.
+func (s *Service) Ready() <-chan struct{} { return s.ready }
 
 // Run follows what other clients do to images, and measures snapshots, until
 // ctx ends (contract 7.2.3, 7.2.5). It recovers first.

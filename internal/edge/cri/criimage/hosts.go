@@ -33,7 +33,6 @@ func ineffective(d Deps) []Warning {
 		"the limit is that of all pulls together: set max_concurrent_downloads of %s instead", own)
 	warn(c.ConcurrentLayerFetchBuffer != 0, "concurrent_layer_fetch_buffer", "layers are fetched in one piece each, several layers at a time")
 	warn(c.UseLocalImagePull, "use_local_image_pull", "there is one way of pulling, which honours all settings; no other is needed")
-	warn(!c.DisableSnapshotAnnotations, "disable_snapshot_annotations", "snapshotters are told the layers' own annotations, the chain id and the diff id, not the names of image and layers")
 	warn(c.ImageDecryption.KeyModel != "" && c.ImageDecryption.KeyModel != "node", "image_decryption.key_model", "encrypted layers are decrypted by stream processors with keys of the node, or not at all")
 	r := c.Registry
 	warn(len(r.Mirrors) > 0, "registry.mirrors", "deprecated and honoured: hosts.toml files below registry.config_path say the same and take effect without a restart")

@@ -2,7 +2,9 @@ package criimage
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -14,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/containerd/platforms"
@@ -22,6 +25,7 @@ import (
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/edge/registry/registrytest"
+	"github.com/gantryd/gantry/internal/edge/wire/wiretest"
 )
 
 var arch = platforms.DefaultSpec().Architecture
@@ -287,10 +291,11 @@ func TestRecover(t *testing.T) {
 		t.Error("it is not mended")
 	}
 	// Deleted while nobody looked.
-	if err := h.view.Images().Delete(t.Context(), id, image.DeleteOptions{}); err != nil {
+	tag := reg.Host() + "/app:1"
+	if err := h.view.Images().Delete(t.Context(), tag, image.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := again.Recover(t.Context()); err != nil || again.Names(id).Tag == "" {
+	if err := again.Recover(t.Context()); err != nil || again.Names(id).Tag != "" || again.Names(id).Digest == "" {
 		t.Errorf("%v, %+v", err, again.Names(id))
 	}
 }
@@ -382,6 +387,20 @@ func TestSandboxImage(t *testing.T) {
 	}
 	if !status(t, s, &runtime.ImageSpec{Image: reg.Host() + "/pause:1"}, false).Image.GetPinned() {
 		t.Error("not pinned")
+	}
+	// It is here now, so that it need not be pulled for another snapshotter.
+	asked := len(reg.Requests())
+	got, err := s.EnsureSandboxImage(t.Context(), "kata")
+	if err != nil || got.Snapshotter != "second" || len(reg.Requests()) != asked {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if sn, _ := h.view.Snapshots("second"); sn != nil {
+		if _, err := sn.Stat(t.Context(), got.ChainID); err != nil {
+			t.Error(err)
+		}
+	}
+	if l, err := h.view.Leases().List(t.Context()); err != nil || len(l) != 0 {
+		t.Errorf("leases %v, %v", l, err)
 	}
 }
 
@@ -501,5 +520,83 @@ func TestDiscardLayers(t *testing.T) {
 	again := h.open()
 	if got, err := again.Resolve(t.Context(), id, ""); err != nil || again.EnsureUnpacked(t.Context(), h.view, got) != nil {
 		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// Remote snapshotters are told which image a layer is from, if they shall be;
+// an image cannot tell them something else.
+//
+// contract: 7.2.1, 1.5.16
+func TestSnapshotAnnotations(t *testing.T) {
+	for _, described := range []bool{false, true} {
+		h := newHouse(t)
+		h.deps.Config.DisableSnapshotAnnotations = !described
+		s := h.open()
+		reg := registrytest.New(t)
+		img := registrytest.Build(arch, 10_000, registrytest.Gzip, registrytest.Gzip)
+		reg.AddImage("app", "1", img)
+		pullOf(t, s, reg.Host()+"/app:1", nil)
+		sn, _ := h.view.Snapshots("native")
+		for i, chain := range identity.ChainIDs(slices.Clone(img.DiffIDs)) {
+			info, err := sn.Stat(t.Context(), chain.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			both := img.Layers[i].Digest.String()
+			if i == 0 {
+				both += "," + img.Layers[1].Digest.String()
+			}
+			for k, want := range map[string]string{"image-ref": reg.Host() + "/app:1", "manifest-digest": img.Target.Digest.String(),
+				"layer-digest": img.Layers[i].Digest.String(), "image-layers": both} {
+				if !described {
+					want = ""
+				}
+				if got := info.Labels["containerd.io/snapshot/cri."+k]; got != want {
+					t.Errorf("described %v, layer %d: %s is %q, want %q", described, i, k, got, want)
+				}
+			}
+		}
+	}
+}
+
+// Each image is sent once, in more than one message.
+//
+// contract: 7.2.2
+func TestStream(t *testing.T) {
+	h := newHouse(t)
+	s := h.open()
+	<-s.Ready()
+	var want []string
+	for i := range 250 {
+		id := digest.FromString(fmt.Sprint(i))
+		want = append(want, id.String())
+		s.index.put(id.String(), ref{}, facts{config: ocispec.Descriptor{Digest: id}})
+	}
+	slices.Sort(want)
+	client := runtime.NewImageServiceClient(wiretest.Serve(t, func(g *grpc.Server) { runtime.RegisterImageServiceServer(g, s) }))
+	stream, err := client.StreamImages(t.Context(), &runtime.StreamImagesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	messages := 0
+	for {
+		r, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages++
+		for _, i := range r.Images {
+			got = append(got, i.Id)
+		}
+	}
+	if !slices.Equal(got, want) || messages < 2 {
+		t.Errorf("%d images in %d messages", len(got), messages)
+	}
+	if _, err := client.ImageStatus(t.Context(), &runtime.ImageStatusRequest{}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("%v", err)
 	}
 }

@@ -69,7 +69,7 @@ func (s *Service) Pull(ctx context.Context, name, handler string, auth *runtime.
 	defer w.stop()
 	labels := s.labels(image.Image{Name: named.String()})
 	src := transfer.Registry{Reference: named.String(), Options: registry.Options{Headers: s.d.Config.Registry.Headers, HostDir: s.hostDir, Credentials: creds}}
-	dst := transfer.ImageStore{Name: named.String(), Labels: labels, Platforms: []ocispec.Platform{t.platform},
+	dst := transfer.ImageStore{Name: named.String(), Labels: labels, Platforms: []ocispec.Platform{t.platform}, Describe: !s.d.Config.DisableSnapshotAnnotations,
 		References: []transfer.Reference{{Name: reference.TrimNamed(named).String(), AddDigest: true}},
 		Unpacks:    []transfer.Unpack{{Platform: &t.platform, Snapshotter: t.snapshotter}}}
 	if err := s.view.Transfer().Transfer(ctx, src, dst, transfer.Options{Progress: w.progress}); err != nil {
