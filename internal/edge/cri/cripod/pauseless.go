@@ -413,6 +413,10 @@ func (c *Pauseless) Shutdown(ctx context.Context, id string) error {
 	if err := os.Remove(c.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	// The directories are the CRI's if it keeps more in them.
+	for _, dir := range []string{c.d.Dirs.ns(id, ""), c.d.Dirs.StateOf(id)} {
+		_ = os.Remove(dir)
+	}
 	c.end(id)
 	return nil
 }
