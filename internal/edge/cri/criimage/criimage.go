@@ -80,6 +80,7 @@ type Service struct {
 	usage  *sampler
 	counts counters
 
+	patience  time.Duration // with snapshotters that hang, when Run ends
 	ready     chan struct{}
 	readyOnce sync.Once
 }
@@ -99,7 +100,7 @@ func New(d Deps) (*Service, []Warning, error) {
 		d.Log = slog.New(slog.DiscardHandler)
 	}
 	d.Config.Snapshotter = cmp.Or(d.Config.Snapshotter, "overlayfs")
-	s := &Service{d: d, index: newIndex(), ready: make(chan struct{})}
+	s := &Service{d: d, index: newIndex(), patience: 5 * time.Second, ready: make(chan struct{})}
 	warnings := ineffective(d)
 	var err error
 	if s.view, err = d.Source.In(cristate.Namespace, ""); err != nil {
@@ -403,7 +404,16 @@ func (s *Service) Run(ctx context.Context) error {
 		}
 	}
 	var wg sync.WaitGroup
-	defer wg.Wait()
+	defer func() {
+		measured := make(chan struct{})
+		go func() { wg.Wait(); close(measured) }()
+		select {
+		case <-measured:
+		case <-time.After(s.patience):
+			// A file system that hangs cannot be left in any other way.
+			s.d.Log.Warn("a snapshotter is still being measured", "after", s.patience)
+		}
+	}()
 	for _, name := range used {
 		wg.Go(func() { s.usage.run(ctx, name, period) })
 	}

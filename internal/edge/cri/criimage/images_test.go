@@ -1,6 +1,7 @@
 package criimage
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/lease"
 	"github.com/gantryd/gantry/core/snapshot"
+	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/edge/registry/registrytest"
 	"github.com/gantryd/gantry/internal/edge/wire/wiretest"
@@ -598,5 +600,44 @@ func TestStream(t *testing.T) {
 	}
 	if _, err := client.ImageStatus(t.Context(), &runtime.ImageStatusRequest{}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("%v", err)
+	}
+}
+
+// hung is a view whose snapshotter "second" never answers.
+type hung struct {
+	view.View
+	asked chan struct{}
+	over  chan struct{}
+}
+
+func (v hung) Snapshots(name string) (snapshot.Store, error) {
+	if name != "second" {
+		return v.View.Snapshots(name)
+	}
+	close(v.asked)
+	<-v.over
+	return nil, errdefs.ErrUnavailable
+}
+
+// A snapshotter that hangs disturbs neither the others nor the end.
+//
+// contract: 7.2.3
+func TestHungSnapshotter(t *testing.T) {
+	h := newHouse(t)
+	s := h.open()
+	s.patience = 50 * time.Millisecond
+	v := hung{s.view, make(chan struct{}), make(chan struct{})}
+	defer close(v.over)
+	s.usage = newSampler(v, s.d.Log)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = s.Run(ctx) }()
+	<-v.asked
+	eventually(t, "the other is measured", func() bool { return len(s.usage.sums()) == 1 })
+	stop()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Fatal("it does not end")
 	}
 }
