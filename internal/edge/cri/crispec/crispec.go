@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"path"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -74,8 +75,9 @@ type SandboxInput struct {
 	ProcessLabel, MountLabel string
 	// Seccomp is the parsed profile if the configuration names one of the host's.
 	Seccomp *specs.LinuxSeccomp
-	// Dir holds the pod's hosts, hostname, resolv.conf and shm.
-	Dir string
+	// Dir holds the pod's hosts, hostname and resolv.conf; Shm is what is mounted
+	// at /dev/shm, "" is shm in Dir.
+	Dir, Shm string
 	// Log gets warnings of what is ignored; nil is nobody.
 	Log *slog.Logger
 }
@@ -116,8 +118,9 @@ type ContainerInput struct {
 	// Mounts are those of the request; Volumes those of the image, which give
 	// way to them.
 	Mounts, Volumes []Mount
-	// PodDir holds the pod's hosts, hostname, resolv.conf and shm.
-	PodDir                   string
+	// PodDir holds the pod's hosts, hostname and resolv.conf; PodShm is what is
+	// mounted at /dev/shm, "" is shm in PodDir.
+	PodDir, PodShm           string
 	ProcessLabel, MountLabel string
 	Devices                  []Device
 	// Seccomp is the parsed profile if the configuration names one of the host's;
@@ -165,7 +168,7 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	if ns.pid == runtime.NamespaceMode_NODE {
 		add(oci.WithHostNamespace(specs.PIDNamespace))
 	}
-	shm := path.Join(in.Dir, "shm")
+	shm := cmp.Or(in.Shm, path.Join(in.Dir, "shm"))
 	if ns.ipc == runtime.NamespaceMode_NODE {
 		add(oci.WithHostNamespace(specs.IPCNamespace))
 		shm = devShm
@@ -202,7 +205,10 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 		add(oci.WithAppArmor(profile))
 	}
 	add(seccomp...)
-	add(oci.WithCgroupsPath(cgroup), oci.WithCPUShares(pauseShares), oci.WithOOMScoreAdj(clampOOM(defaultSandboxOOM, in.RuntimeConfig, in.Host)),
+	if in.Host.Controllers == nil || slices.Contains(in.Host.Controllers, "cpu") {
+		add(oci.WithCPUShares(pauseShares))
+	}
+	add(oci.WithCgroupsPath(cgroup), oci.WithOOMScoreAdj(clampOOM(defaultSandboxOOM, in.RuntimeConfig, in.Host)),
 		oci.WithAnnotations(sandboxAnnotations(in)))
 	return generate(in.Host, in.ID, in.Image, in.Base, opts)
 }
@@ -235,7 +241,6 @@ func (in ContainerInput) spec() (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
-	opts = append(opts, ns...)
 	security, err := in.security()
 	if err != nil {
 		return nil, err
@@ -246,7 +251,12 @@ func (in ContainerInput) spec() (*specs.Spec, error) {
 		return nil, err
 	}
 	opts = append(opts, mounts...)
-	opts = append(opts, in.devices()...)
+	opts = append(opts, ns...) // after the mounts, which they change
+	devices, err := in.devices()
+	if err != nil {
+		return nil, err
+	}
+	opts = append(opts, devices...)
 	cgroup, err := CgroupPath(in.Pod.GetLinux().GetCgroupParent(), in.ID, in.Host.SystemdCgroup)
 	if err != nil {
 		return nil, err
@@ -312,10 +322,13 @@ func (in ContainerInput) process() []oci.Option {
 
 // devices are those of the request and, for privileged containers, the host's
 // (contract 7.3.12).
-func (in ContainerInput) devices() []oci.Option {
+func (in ContainerInput) devices() ([]oci.Option, error) {
 	sc := in.Config.GetLinux().GetSecurityContext()
 	var opts []oci.Option
 	for _, d := range in.Devices {
+		if strings.Trim(d.Access, "rwm") != "" || len(d.Access) > 3 {
+			return nil, fmt.Errorf("device %q: access %q: want letters of rwm: %w", short(d.Path), short(d.Access), errdefs.ErrInvalidArgument)
+		}
 		if in.RuntimeConfig.DeviceOwnershipFromSecurityContext {
 			own := func(v *runtime.Int64Value, into **uint32) {
 				if v.GetValue() > 0 {
@@ -329,7 +342,7 @@ func (in ContainerInput) devices() []oci.Option {
 		opts = append(opts, oci.WithDevice(d.LinuxDevice, cmp.Or(d.Access, "rwm")))
 	}
 	if !sc.GetPrivileged() {
-		return opts
+		return opts, nil
 	}
 	hosts := !in.Runtime.PrivilegedWithoutHostDevices
 	return append(opts, oci.WithSpec(func(s *specs.Spec) error {
@@ -344,5 +357,5 @@ func (in ContainerInput) devices() []oci.Option {
 			s.Linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
 		}
 		return nil
-	}))
+	})), nil
 }

@@ -1,6 +1,7 @@
 package crispec
 
 import (
+	"cmp"
 	"fmt"
 	"path"
 	"slices"
@@ -75,7 +76,7 @@ func (in ContainerInput) mounts() ([]oci.Option, error) {
 		mounts = append(mounts, m)
 	}
 	if !taken[devShm] {
-		shm := path.Join(in.PodDir, "shm")
+		shm := cmp.Or(in.PodShm, path.Join(in.PodDir, "shm"))
 		if pod.ipc == runtime.NamespaceMode_NODE {
 			shm = devShm
 		}

@@ -88,24 +88,22 @@ func (ns namespaces) mounts() []oci.Option {
 	if !ns.user {
 		return nil
 	}
-	var opts []oci.Option
-	if ns.network == runtime.NamespaceMode_NODE {
-		// The sysfs of a network that the user namespace does not own cannot be
-		// mounted anew.
-		opts = append(opts, oci.WithMounts(specs.Mount{Destination: "/sys", Type: "bind", Source: "/sys", Options: []string{"rbind", "nosuid", "noexec", "nodev", "ro"}}))
-	}
 	const tty = 5
-	if g := ns.gids[0]; tty < g.ContainerID || tty >= g.ContainerID+g.Size {
-		opts = append(opts, oci.WithSpec(func(s *specs.Spec) error {
-			for i := range s.Mounts {
-				if s.Mounts[i].Type == "devpts" {
-					s.Mounts[i].Options = slices.DeleteFunc(slices.Clone(s.Mounts[i].Options), func(o string) bool { return o == "gid=5" })
-				}
+	g := ns.gids[0]
+	mapped := g.ContainerID <= tty && tty < g.ContainerID+g.Size
+	return []oci.Option{oci.WithSpec(func(s *specs.Spec) error {
+		for i := range s.Mounts {
+			switch m := &s.Mounts[i]; {
+			case m.Type == "devpts" && !mapped:
+				m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "gid=5" })
+			case m.Type == "sysfs" && ns.network == runtime.NamespaceMode_NODE:
+				// The sysfs of a network that the user namespace does not own
+				// cannot be mounted anew.
+				m.Type, m.Source, m.Options = "bind", "/sys", append([]string{"rbind"}, m.Options...)
 			}
-			return nil
-		}))
-	}
-	return opts
+		}
+		return nil
+	})}
 }
 
 // namespaces of a container: what the pod has is joined, what it does not have
