@@ -72,6 +72,14 @@ func newEntry(m *Manager, k key, p phase) *entry {
 	}
 }
 
+func (t *entry) whose() key    { return t.key }
+func (t *entry) where() bundle { return t.bundle }
+
+func (t *entry) purge(ctx context.Context, l *link) error {
+	_, err := l.purge(ctx, t.key)
+	return err
+}
+
 func (t *entry) getPhase() phase {
 	t.mu.Lock()
 	defer t.mu.Unlock()

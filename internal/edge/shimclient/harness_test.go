@@ -36,6 +36,7 @@ type records struct {
 	mu        sync.Mutex
 	all       map[container.ID]container.Container
 	snapshots map[string]snapshot.Store
+	sandboxes sandbox.Store // nil: not known
 	fail      error
 }
 
@@ -44,7 +45,7 @@ func (r *records) In(ns namespace.ID, _ lease.ID) (view.Records, error) {
 }
 func (r *records) Namespace() namespace.ID     { return "test" }
 func (r *records) Containers() container.Store { return r }
-func (r *records) Sandboxes() sandbox.Store    { return nil }
+func (r *records) Sandboxes() sandbox.Store    { return r.sandboxes }
 func (r *records) Snapshots(name string) (snapshot.Store, error) {
 	if s := r.snapshots[name]; s != nil {
 		return s, nil

@@ -42,23 +42,32 @@ type wireConn interface {
 	close()
 }
 
+// user is whoever has business with a shim: a task or a sandbox.
+type user interface {
+	whose() key
+	where() bundle
+	// bury is called when the shim has died.
+	bury(ctx context.Context)
+	// purge ends what the shim has made for the user.
+	purge(ctx context.Context, l *link) error
+}
+
 // link is a shim and the connection to it. Containers of one group share one
 // (contract 5.2.9). It survives a connection that breaks; it is dead when
 // nobody listens at its address any more.
 type link struct {
-	m    *Manager
-	addr endpoint
-	// foreign: this daemon did not start the shim for one of its containers,
-	// and must not stop it (contract 5.2.10).
-	foreign bool
-
+	m       *Manager
+	addr    endpoint
 	opened  chan struct{} // closed when the first dial has ended
 	openErr error         // of that dial; read after opened
 	dead    chan struct{} // closed when the shim has died
 	over    chan struct{} // closed when the daemon lets go of the shim
 
-	mu      sync.Mutex // guards what follows; never held over I/O
-	users   map[*entry]struct{}
+	mu    sync.Mutex // guards what follows; never held over I/O
+	users map[user]struct{}
+	// foreign: this daemon did not start the shim for one of its users, and
+	// must not stop it (contract 5.2.10).
+	foreign bool
 	conn    wireConn
 	change  chan struct{} // closed and replaced when conn changes
 	version int
@@ -71,7 +80,7 @@ type link struct {
 
 // join returns the link to a shim, connecting if this is its first user. The
 // first dial is repeated while nobody listens yet, within wait.
-func (m *Manager) join(ctx context.Context, e endpoint, t *entry, foreign bool, wait time.Duration) (*link, error) {
+func (m *Manager) join(ctx context.Context, e endpoint, t user, foreign bool, wait time.Duration) (*link, error) {
 	if err := e.known(); err != nil {
 		return nil, err
 	}
@@ -84,11 +93,12 @@ func (m *Manager) join(ctx context.Context, e endpoint, t *entry, foreign bool, 
 	if !shared {
 		l = &link{m: m, addr: e, foreign: foreign, version: e.Version, pidfd: -1,
 			opened: make(chan struct{}), dead: make(chan struct{}), over: make(chan struct{}),
-			change: make(chan struct{}), users: map[*entry]struct{}{}}
+			change: make(chan struct{}), users: map[user]struct{}{}}
 		m.links[e.Address] = l
 	}
 	l.mu.Lock()
 	l.users[t] = struct{}{}
+	l.foreign = l.foreign && foreign
 	l.mu.Unlock()
 	m.mu.Unlock()
 
@@ -232,7 +242,7 @@ func (l *link) die(cause error) {
 		return
 	}
 	l.isDead = true
-	users := make([]*entry, 0, len(l.users))
+	users := make([]user, 0, len(l.users))
 	for t := range l.users {
 		users = append(users, t)
 	}
@@ -244,7 +254,7 @@ func (l *link) die(cause error) {
 	}
 	l.m.mu.Unlock()
 	for _, t := range users {
-		l.m.log.Warn("shim has died", "namespace", t.key.ns, "id", t.key.id, "address", l.addr.Address, "pid", l.shimPid(), "cause", cause)
+		l.m.log.Warn("shim has died", "namespace", t.whose().ns, "id", t.whose().id, "address", l.addr.Address, "pid", l.shimPid(), "cause", cause)
 		l.m.spawn(func() { t.bury(l.m.ctx) })
 	}
 }
@@ -252,7 +262,7 @@ func (l *link) die(cause error) {
 // leave takes a user off the link and reports whether it was the last one, in
 // which case the link is out of the table: whoever was told so stops the shim
 // or closes the link.
-func (l *link) leave(t *entry) (last bool) {
+func (l *link) leave(t user) (last bool) {
 	l.m.mu.Lock()
 	defer l.m.mu.Unlock()
 	l.mu.Lock()
@@ -271,7 +281,7 @@ func (l *link) leave(t *entry) (last bool) {
 }
 
 // drop is leave for one who does not mean to stop the shim.
-func (l *link) drop(t *entry) {
+func (l *link) drop(t user) {
 	if l.leave(t) {
 		l.close()
 	}
@@ -341,7 +351,8 @@ type bound struct {
 // repeatable are the calls that may be made again when the connection broke.
 func repeatable(method string) bool {
 	switch method {
-	case "State", "Pids", "Stats", "Wait", "Connect":
+	case "State", "Pids", "Stats", "Wait", "Connect",
+		"SandboxStatus", "WaitSandbox", "PingSandbox", "Platform", "SandboxMetrics", "StopSandbox":
 		return true
 	}
 	return false
@@ -350,6 +361,19 @@ func repeatable(method string) bool {
 // call makes one call about the container k. Errors have the class that the
 // shim gave them; a deadline says whose it was, and what the shim is doing.
 func (l *link) call(ctx context.Context, k key, method string, b bound, req, resp proto.Message) error {
+	return l.do(ctx, "task "+k.String(), method, b, func(ctx context.Context, c wireConn) error {
+		return l.once(ctx, c, k.ns, method, req, resp)
+	})
+}
+
+// callSandbox is call for a method of the Sandbox API (contract 1.4.4).
+func (l *link) callSandbox(ctx context.Context, k key, method string, b bound, req, resp proto.Message) error {
+	return l.do(ctx, "sandbox "+k.String(), method, b, func(ctx context.Context, c wireConn) error {
+		return c.call(ctx, k.ns, "containerd.runtime.sandbox.v1.Sandbox", method, req, resp)
+	})
+}
+
+func (l *link) do(ctx context.Context, what, method string, b bound, once func(context.Context, wireConn) error) error {
 	parent := ctx
 	if b.d > 0 {
 		var cancel context.CancelFunc
@@ -360,19 +384,19 @@ func (l *link) call(ctx context.Context, k key, method string, b bound, req, res
 	for {
 		c, err := l.get(ctx)
 		if err == nil {
-			err = l.once(ctx, c, k.ns, method, req, resp)
+			err = once(ctx, c)
 		}
 		switch {
 		case err == nil:
 			return nil
 		case errors.Is(err, errShimDead):
-			return fmt.Errorf("task %s: %s: %w", k, verb(method), err)
+			return fmt.Errorf("%s: %s: %w", what, verb(method), err)
 		case parent.Err() != nil:
-			return fmt.Errorf("task %s: %s: no answer from %s after %s, and the caller's own time is up: %w",
-				k, verb(method), l.describe(), since(began), parent.Err())
+			return fmt.Errorf("%s: %s: no answer from %s after %s, and the caller's own time is up: %w",
+				what, verb(method), l.describe(), since(began), parent.Err())
 		case ctx.Err() != nil:
-			return fmt.Errorf("task %s: %s: no answer from %s within %s (%s): %w",
-				k, verb(method), l.describe(), b.d, b.name, context.DeadlineExceeded)
+			return fmt.Errorf("%s: %s: no answer from %s within %s (%s): %w",
+				what, verb(method), l.describe(), b.d, b.name, context.DeadlineExceeded)
 		case isClosed(c, err):
 			select {
 			case <-c.closed():
@@ -380,13 +404,13 @@ func (l *link) call(ctx context.Context, k key, method string, b bound, req, res
 				continue
 			}
 			if _, err := l.get(ctx); errors.Is(err, errShimDead) {
-				return fmt.Errorf("task %s: %s: %w", k, verb(method), errShimDead)
+				return fmt.Errorf("%s: %s: %w", what, verb(method), errShimDead)
 			}
 			if !repeatable(method) {
-				return fmt.Errorf("task %s: %s: %w", k, verb(method), errShimLost)
+				return fmt.Errorf("%s: %s: %w", what, verb(method), errShimLost)
 			}
 		default:
-			return fmt.Errorf("task %s: %s: %w", k, verb(method), err)
+			return fmt.Errorf("%s: %s: %w", what, verb(method), err)
 		}
 	}
 }
@@ -401,7 +425,7 @@ func verb(method string) string {
 	case "ResizePty":
 		return "resize terminal"
 	}
-	return strings.ToLower(method)
+	return strings.ToLower(strings.Replace(method, "Sandbox", "", 1))
 }
 
 // isClosed says whether a call failed because the connection ended.
@@ -442,13 +466,13 @@ func service(version int) string {
 }
 
 // probe asks the shim who it is, which shows that it answers.
-func (l *link) probe(ctx context.Context, t *entry) error {
+func (l *link) probe(ctx context.Context, k key) error {
 	var r taskapi.ConnectResponse
-	err := l.call(ctx, t.key, "Connect", bound{l.m.limit.Load, "timeout shim.load"}, &taskapi.ConnectRequest{ID: string(t.key.id)}, &r)
+	err := l.call(ctx, k, "Connect", bound{l.m.limit.Load, "timeout shim.load"}, &taskapi.ConnectRequest{ID: string(k.id)}, &r)
 	if err != nil {
 		return err
 	}
-	l.know(int(r.ShimPid), t.key)
+	l.know(int(r.ShimPid), k)
 	return nil
 }
 
@@ -457,13 +481,10 @@ func (l *link) probe(ctx context.Context, t *entry) error {
 // another pid namespace, or a virtual machine, names some other process here:
 // the command line tells.
 func (l *link) know(pid int, k key) {
-	if pid <= 1 || l.foreign {
-		return
-	}
 	l.mu.Lock()
-	known := l.pid == pid
+	known := l.pid == pid || l.foreign
 	l.mu.Unlock()
-	if known {
+	if known || pid <= 1 {
 		return
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
@@ -577,7 +598,10 @@ func (l *link) kill() bool {
 // and killed if it does not go (contract 5.2.9, 13.22).
 func (l *link) stop(ctx context.Context, k key) {
 	defer l.close()
-	if l.foreign {
+	l.mu.Lock()
+	foreign := l.foreign
+	l.mu.Unlock()
+	if foreign {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.m.limit.Shutdown)

@@ -22,6 +22,7 @@ import (
 // scan is what an earlier daemon left.
 type scan struct {
 	tasks []*entry
+	pods  []*pod
 	junk  []string // directories of nobody
 }
 
@@ -52,8 +53,19 @@ func (m *Manager) Scan() error {
 			}
 		}
 	}
+	pods, junk, err := m.scanPods()
+	if err != nil {
+		return err
+	}
+	found.junk = append(found.junk, junk...)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for _, p := range pods {
+		if m.pods[p.key] == nil { // not made while the names were read
+			m.pods[p.key] = p
+			found.pods = append(found.pods, p)
+		}
+	}
 	// A task that was made while the names were read is nobody's remains.
 	found.tasks = slices.DeleteFunc(found.tasks, func(t *entry) bool { return m.tasks[t.key] != nil })
 	for _, t := range found.tasks {
@@ -110,6 +122,15 @@ func (m *Manager) Recover(ctx context.Context) error {
 		if !m.spawn(func() {
 			defer wg.Done()
 			t.recover(m.ctx, starts)
+		}) {
+			wg.Done()
+		}
+	}
+	for _, p := range found.pods {
+		wg.Add(1)
+		if !m.spawn(func() {
+			defer wg.Done()
+			p.recover(m.ctx, starts)
 		}) {
 			wg.Done()
 		}
@@ -224,7 +245,7 @@ func (t *entry) examineShim(ctx context.Context) (reconcile.Shim, reconcile.Know
 			}
 		}
 	}
-	if err := l.probe(ctx, t); err != nil {
+	if err := l.probe(ctx, t.key); err != nil {
 		if errors.Is(err, errShimDead) {
 			return reconcile.ShimDead, reconcile.Unsure
 		}

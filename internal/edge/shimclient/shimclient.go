@@ -117,6 +117,7 @@ type Manager struct {
 	mu     sync.Mutex // guards what follows; never held over I/O or a call
 	closed bool
 	tasks  map[key]*entry
+	pods   map[key]*pod
 	past   map[key]*entry // deleted not long ago: late events of theirs are dropped
 	links  map[string]*link
 	found  *scan
@@ -135,7 +136,7 @@ func New(opt Options) (*Manager, error) {
 	m := &Manager{
 		opt: opt, limit: opt.Timeouts.defaults(), log: opt.Logger,
 		state: filepath.Join(opt.State, PluginID), root: filepath.Join(opt.Root, PluginID),
-		started: time.Now(), tasks: map[key]*entry{}, past: map[key]*entry{}, links: map[string]*link{}, old: map[binaryID]bool{},
+		started: time.Now(), tasks: map[key]*entry{}, pods: map[key]*pod{}, past: map[key]*entry{}, links: map[string]*link{}, old: map[binaryID]bool{},
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	return m, nil

@@ -163,7 +163,7 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 			l.drop(t)
 			return 0, err
 		}
-	} else if l, err = s.startLink(ctx, t, shim, runtimeOptions, &back); err != nil {
+	} else if l, err = m.startLink(ctx, t, shim, runtimeOptions, &back); err != nil {
 		return 0, err
 	}
 	t.mu.Lock()
@@ -171,7 +171,7 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 	t.mu.Unlock()
 	var answer chan error // of the shim, nil before it was asked
 	back.Push("stop shim", func(ctx context.Context) error { return t.abandon(ctx, answer, shim) })
-	if err := l.probe(ctx, t); err != nil {
+	if err := l.probe(ctx, t.key); err != nil {
 		return 0, err
 	}
 
@@ -216,12 +216,12 @@ func (s *store) create(ctx context.Context, t *entry, c container.Container, opt
 
 // startLink starts a shim and connects to it. A shim of a group may be on its
 // way out when start names it; the second start makes a new one.
-func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOptions typed.Any, back *undo.Stack) (*link, error) {
-	m := s.m
-	if err := t.bundle.write(fileShim, []byte(shim)); err != nil {
+func (m *Manager) startLink(ctx context.Context, u user, shim string, runtimeOptions typed.Any, back *undo.Stack) (*link, error) {
+	k, b := u.whose(), u.where()
+	if err := b.write(fileShim, []byte(shim)); err != nil {
 		return nil, err
 	}
-	logs, err := m.openLog(t.key, t.bundle)
+	logs, err := m.openLog(k, b)
 	if err != nil {
 		return nil, err
 	}
@@ -235,17 +235,17 @@ func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOpt
 	stray := true
 	back.Push("end stray shim", func(ctx context.Context) error {
 		if stray {
-			m.endStray(ctx, t, shim)
+			m.endStray(ctx, u, shim)
 		}
 		return nil
 	})
 	for attempt := 0; ; attempt++ {
-		e, err := m.startShim(ctx, t.key, t.bundle, shim, runtimeOptions)
+		e, err := m.startShim(ctx, k, b, shim, runtimeOptions)
 		if err != nil {
 			return nil, err
 		}
 		m.opt.Faults.Pass("task.shim-started")
-		l, err := m.join(ctx, e, t, false, time.Second)
+		l, err := m.join(ctx, e, u, false, time.Second)
 		if err != nil {
 			if attempt == 0 && nobodyListens(err) && ctx.Err() == nil {
 				continue
@@ -253,8 +253,8 @@ func (s *store) startLink(ctx context.Context, t *entry, shim string, runtimeOpt
 			return nil, err
 		}
 		stray = false
-		if err := t.bundle.record(e); err != nil {
-			l.drop(t)
+		if err := b.record(e); err != nil {
+			l.drop(u)
 			stray = true
 			return nil, err
 		}
@@ -314,32 +314,33 @@ func (t *entry) abandon(ctx context.Context, answer chan error, shim string) err
 
 // endStray ends a shim that may have been started although its start failed,
 // or was never heard to have succeeded.
-func (m *Manager) endStray(ctx context.Context, t *entry, shim string) {
-	if logs, err := m.openLog(t.key, t.bundle); err == nil {
+func (m *Manager) endStray(ctx context.Context, u user, shim string) {
+	k, b := u.whose(), u.where()
+	if logs, err := m.openLog(k, b); err == nil {
 		defer logs.close() // it may be blocked until somebody reads its log
 	}
-	for _, address := range m.guesses(t.key, t.bundle) {
+	for _, address := range m.guesses(k, b) {
 		e := endpoint{Address: address}.normal()
 		if _, _, err := splitAddress(e.Address); err != nil {
 			continue
 		}
-		l, err := m.join(ctx, e, t, false, 0)
+		l, err := m.join(ctx, e, u, false, 0)
 		if err != nil {
 			removeSocket(ctx, address)
 			continue
 		}
-		if l.probe(ctx, t) == nil {
-			if _, err := l.purge(ctx, t.key); err != nil {
-				m.log.Warn("delete task of stray shim", "namespace", t.key.ns, "id", t.key.id, "error", err)
+		if l.probe(ctx, k) == nil {
+			if err := u.purge(ctx, l); err != nil {
+				m.log.Warn("end what a stray shim has made", "namespace", k.ns, "id", k.id, "error", err)
 			}
 		}
-		if l.leave(t) {
-			l.stop(ctx, t.key)
+		if l.leave(u) {
+			l.stop(ctx, k)
 		}
 	}
 	if shim != "" {
-		if _, err := m.deleteShim(ctx, t.key, t.bundle, shim); err != nil {
-			m.log.Debug("clean up after failed start", "namespace", t.key.ns, "id", t.key.id, "error", err)
+		if _, err := m.deleteShim(ctx, k, b, shim); err != nil {
+			m.log.Debug("clean up after failed start", "namespace", k.ns, "id", k.id, "error", err)
 		}
 	}
 }
@@ -387,13 +388,16 @@ func (m *Manager) shimToJoin(k key, c container.Container, opts task.CreateOptio
 	if c.SandboxID == "" || c.SandboxID == string(c.ID) {
 		return nil
 	}
+	pod := key{ns: k.ns, id: container.ID(c.SandboxID)}
 	m.mu.Lock()
-	t := m.tasks[key{ns: k.ns, id: container.ID(c.SandboxID)}]
+	t, p := m.tasks[pod], m.pods[pod]
 	m.mu.Unlock()
-	if t == nil {
-		return nil
+	var l *link
+	if t != nil {
+		l = t.getLink()
+	} else if p != nil {
+		l = p.getLink()
 	}
-	l := t.getLink()
 	if l == nil {
 		return nil
 	}
