@@ -21,8 +21,9 @@ import (
 )
 
 const (
-	// patience is how long one group may take before the others go on without it.
-	patience = 250 * time.Millisecond
+	// patience is how long one group may take before the others go on without
+	// it: much longer than on a host that is merely very busy.
+	patience = time.Second
 	// readers is how many groups are read at the same time for one request.
 	readers = 4
 	// layerLimit is how long the measurement of a layer may take.

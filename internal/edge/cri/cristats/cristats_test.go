@@ -479,8 +479,8 @@ func TestSick(t *testing.T) {
 			}
 		}
 	}
-	check(10 * patience)
-	check(patience * 9 / 10)
+	check(3 * patience)
+	check(patience / 2)
 	if m, err := h.PodSandboxMetrics(t.Context()); err != nil || len(m) != 1 || len(m[0].ContainerMetrics) != 18 {
 		t.Errorf("%v %v", m, err)
 	}

@@ -19,6 +19,8 @@ const (
 	maxSkip = 8
 	// layerShare keeps the measurement of a layer below 1/50 of the time.
 	layerShare = 50
+	// maxLayerWait is the longest time between two measurements of a layer.
+	maxLayerWait = 10 * time.Minute
 	// sweepEvery is how many periods lie between two searches for what is gone.
 	sweepEvery = 30
 )
@@ -48,6 +50,7 @@ type entry struct {
 	skip       int64 // periods
 	layer      layer
 	layerDue   time.Time
+	layerBad   bool // it was said that it cannot be measured
 }
 
 func (e *entry) flag() *atomic.Int32 { return &e.late }
@@ -251,25 +254,27 @@ func (s *Service) measureLayers(ctx context.Context) {
 			due = append(due, measured{e, c})
 		}
 	}
-	_, _ = gather(ctx, 2, 8*patience, due, measured.flag, func(m measured) *struct{} {
+	_, _ = gather(ctx, 2, 2*patience, due, measured.flag, func(m measured) *struct{} {
 		f := m.c.Facts()
 		limited, cancel := context.WithTimeout(ctx, layerLimit)
 		defer cancel()
 		begin := time.Now()
 		u, err := s.o.Usage(limited, f.Snapshotter, f.SnapshotKey)
 		end := time.Now()
-		wait := max(s.o.LayerPeriod, layerShare*end.Sub(begin))
+		wait := max(s.o.LayerPeriod, min(maxLayerWait, layerShare*end.Sub(begin)))
 		if !isRunning(m.c.Status()) {
 			wait = max(wait, maxSkip*s.o.LayerPeriod)
 		}
-		if err != nil && ctx.Err() == nil && !errdefs.IsNotFound(err) {
-			s.o.Log.Warn("writable layer is not measured", "container", m.c.ID(), "snapshotter", f.Snapshotter, "error", err)
-		}
+		bad := err != nil && ctx.Err() == nil && !errdefs.IsNotFound(err)
 		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.layerDue = end.Add(wait)
+		news := bad && !m.layerBad
+		m.layerDue, m.layerBad = end.Add(wait), bad
 		if err == nil {
 			m.layer = layer{u, end}
+		}
+		m.mu.Unlock()
+		if news {
+			s.o.Log.Warn("writable layer is not measured", "container", m.c.ID(), "snapshotter", f.Snapshotter, "error", err)
 		}
 		return nil
 	})
