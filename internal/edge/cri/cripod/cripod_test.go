@@ -74,7 +74,7 @@ func TestLife(t *testing.T) {
 					t.Errorf("%s is %q", name, b)
 				}
 			}
-			if sfs := (unix.Statfs_t{}); unix.Statfs(filepath.Join(w.dirs.Of(id), "shm"), &sfs) != nil || sfs.Type != unix.TMPFS_MAGIC || sfs.Blocks*uint64(sfs.Bsize) != shmSize {
+			if sfs := (unix.Statfs_t{}); unix.Statfs(w.dirs.Shm(id), &sfs) != nil || sfs.Type != unix.TMPFS_MAGIC || sfs.Blocks*uint64(sfs.Bsize) != shmSize {
 				t.Errorf("shm %+v", sfs)
 			}
 			info := must[map[string]string](t)(s.Info(ctx, id[:10]))

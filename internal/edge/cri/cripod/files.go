@@ -83,20 +83,7 @@ func (d Dirs) make(id string, cfg *runtime.PodSandboxConfig, mountLabel string) 
 	if u := modes(cfg).GetUsernsOptions(); u.GetMode() == runtime.NamespaceMode_POD {
 		options = append(options, fmt.Sprintf("uid=%d", rootOf(u.GetUids())), fmt.Sprintf("gid=%d", rootOf(u.GetGids())))
 	}
-	if err := mountx.All([]mountx.Mount{{Type: "tmpfs", Source: "shm", Options: options}}, shm); err != nil {
-		return err
-	}
-	return d.linkShm(id)
-}
-
-// linkShm makes all of a pod's files to be found in one directory, also those
-// of a pod that containerd has made.
-func (d Dirs) linkShm(id string) error {
-	err := os.Symlink(d.Shm(id), filepath.Join(d.Of(id), "shm"))
-	if errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	return err
+	return mountx.All([]mountx.Mount{{Type: "tmpfs", Source: "shm", Options: options}}, shm)
 }
 
 // shmSize is that of a pod's /dev/shm in bytes (contract 7.3.10).

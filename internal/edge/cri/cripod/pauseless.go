@@ -173,7 +173,11 @@ func (c *Pauseless) Create(ctx context.Context, s sandbox.Sandbox, opts sandbox.
 	if meta.NetNSPath != "" {
 		paths[nspin.Net] = meta.NetNSPath
 	}
-	if err := setUp(meta, paths, spec.Linux.Sysctl); err != nil {
+	var sysctls map[string]string
+	if spec.Linux != nil {
+		sysctls = spec.Linux.Sysctl
+	}
+	if err := setUp(meta, paths, sysctls); err != nil {
 		return err
 	}
 	boot, err := bootID()

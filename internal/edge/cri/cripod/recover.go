@@ -165,11 +165,6 @@ func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duratio
 	delete(s.unknown, m.ID)
 	s.mu.Unlock()
 	ready := st.State == sandbox.StateReady
-	if _, err := os.Stat(s.Dirs.Shm(m.ID)); ready && err == nil {
-		if err := s.Dirs.linkShm(m.ID); err != nil {
-			s.Log.Warn("shared memory of a pod", "pod", m.ID, "err", err)
-		}
-	}
 	if ready && m.NetNSPath != "" {
 		if err := s.Network.Adopt(ctx, NetworkOf(m)); err != nil {
 			s.Log.Warn("network of a pod", "pod", m.ID, "err", err)

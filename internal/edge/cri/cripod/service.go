@@ -94,8 +94,7 @@ type Dirs struct {
 	NetNS string
 }
 
-// Of is the directory of a pod's files: hostname, hosts, resolv.conf, and a
-// link to Shm.
+// Of is the directory of a pod's files: hostname, hosts, resolv.conf.
 func (d Dirs) Of(id string) string { return filepath.Join(d.Root, "sandboxes", id) }
 
 // StateOf is the directory of a pod's files that do not: shm, and what its
