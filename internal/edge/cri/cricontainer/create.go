@@ -211,7 +211,7 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 	if err != nil {
 		return "", err
 	}
-	st := cristate.Status{CreatedAt: time.Now().UnixNano(), Resources: &runtime.ContainerResources{Linux: config.GetLinux().GetResources()}}
+	st := cristate.Status{CreatedAt: time.Now().UnixNano(), Resources: crispec.Resources(spec)}
 	c := cristate.NewContainer(meta, st, s.dir(id))
 	c.SetFacts(facts(spec, img.Snapshotter, id))
 	if s.NRI != nil {

@@ -18,6 +18,7 @@ import (
 	"github.com/gantryd/gantry/core/event"
 	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/typed"
+	"github.com/gantryd/gantry/internal/edge/cri/crispec"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/lib/mountx"
 )
@@ -140,7 +141,7 @@ func (s *Service) adopt(rec container.Container, ext typed.Any) error {
 		// The file is not synced: it is lost with all processes of the host.
 		s.Log.Warn("status of a container", "container", meta.ID, "error", err)
 		st = cristate.Status{CreatedAt: rec.CreatedAt.UnixNano(), StartedAt: rec.CreatedAt.UnixNano(),
-			Resources: &runtime.ContainerResources{Linux: meta.Config.GetLinux().GetResources()}}
+			Resources: crispec.Resources(spec)}
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
 		}
@@ -185,13 +186,16 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 }
 
+// Close waits for creations under way, but not longer than ctx. None may begin.
+func (s *Service) Close(ctx context.Context) error {
+	if err := s.creating.Wait(ctx); err != nil {
+		return fmt.Errorf("creations of containers go on: %v: %w", s.creating.Stages(), err)
+	}
+	return nil
+}
+
 // letGo ends all copiers; those of the next daemon go on where they stopped.
 func (s *Service) letGo() {
-	ctx, cancel := context.WithTimeout(context.Background(), cleanup)
-	defer cancel()
-	if err := s.creating.Wait(ctx); err != nil {
-		s.Log.Warn("creations go on", "stages", s.creating.Stages())
-	}
 	s.mu.Lock()
 	all := s.copies
 	s.copies = map[string]*copier{}
@@ -260,30 +264,36 @@ func (s *Service) compare(ctx context.Context, c *cristate.Container, p task.Pro
 		return // it was never started
 	case !exists:
 		s.lost(ctx, c)
-	case p.Status == task.StatusStopped:
-		s.exited(ctx, c, task.Exit{ID: p.ID, Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
+		return
 	case p.Status == task.StatusCreated:
 		// The start was interrupted, its caller has been told nothing.
 		if err := s.endTask(ctx, c.ID()); err != nil {
 			s.Log.Warn("remove the task of a container that was not started", "container", c.ID(), "error", err)
 		}
 		s.stopCopy(ctx, c.ID())
-	default:
-		err := c.Change(func(st *cristate.Status) error {
-			if st.FinishedAt != 0 {
-				return nil
-			}
-			if st.Pid, st.Unknown = p.Pid, false; created {
-				st.StartedAt = time.Now().UnixNano()
-			}
+		return
+	}
+	err = c.Change(func(st *cristate.Status) error {
+		if st.FinishedAt != 0 {
 			return nil
-		})
-		if err != nil {
-			s.Log.Error("store that a container runs", "container", c.ID(), "error", err)
 		}
-		if created {
-			s.notify(runtime.ContainerEventType_CONTAINER_STARTED_EVENT, c)
+		if st.Pid, st.Unknown = p.Pid, false; created {
+			st.StartedAt = time.Now().UnixNano()
 		}
+		return nil
+	})
+	if err != nil {
+		s.Log.Error("store that a container runs", "container", c.ID(), "error", err)
+	}
+	if created {
+		s.notify(runtime.ContainerEventType_CONTAINER_STARTED_EVENT, c)
+		// An exit that was told before now was taken for that of a start that failed.
+		if now, err := s.tasks().Get(ctx, container.ID(c.ID()), ""); err == nil {
+			p = now
+		}
+	}
+	if p.Status == task.StatusStopped {
+		s.exited(ctx, c, task.Exit{ID: p.ID, Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
 	}
 }
 

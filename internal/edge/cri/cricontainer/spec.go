@@ -51,7 +51,7 @@ func (s *Service) spec(ctx context.Context, meta *cristate.ContainerMeta, pod *c
 	}
 	ref, err := crispec.SeccompRef(sc.GetSeccomp(), sc.GetSeccompProfilePath(), sc.GetPrivileged(), s.Config)
 	if err == nil && ref != "" {
-		in.Seccomp, err = readSeccomp(ref)
+		in.Seccomp, err = ReadSeccomp(ref)
 	}
 	if err != nil {
 		return nil, err
@@ -104,8 +104,8 @@ func (s *Service) target(config *runtime.ContainerConfig, podID string) (uint32,
 	return 0, fmt.Errorf("target %s of the PID namespace does not run: %w", c.ID(), errdefs.ErrFailedPrecondition)
 }
 
-// readSeccomp reads a profile of the host.
-func readSeccomp(path string) (*specs.LinuxSeccomp, error) {
+// ReadSeccomp reads a profile of the host. ErrNotFound, ErrInvalidArgument.
+func ReadSeccomp(path string) (*specs.LinuxSeccomp, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("seccomp profile: %w (%w)", err, errdefs.ErrNotFound)

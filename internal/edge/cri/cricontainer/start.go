@@ -171,8 +171,8 @@ func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit
 			return
 		}
 	}
-	if c.Status().FinishedAt != 0 {
-		return
+	if st := c.Status(); st.FinishedAt != 0 || st.StartedAt == 0 {
+		return // known, or that of a task that was taken back
 	}
 	if err := writeExit(s.dir(id), x); err != nil {
 		s.Log.Error("keep the exit of a container", "container", id, "error", err)
@@ -207,9 +207,6 @@ func (s *Service) settle(c *cristate.Container, x task.Exit) {
 	err := c.Change(func(st *cristate.Status) error {
 		if st.FinishedAt != 0 {
 			return known
-		}
-		if st.StartedAt == 0 {
-			st.StartedAt = at.UnixNano()
 		}
 		st.Pid, st.FinishedAt, st.ExitCode, st.Unknown = 0, max(at.UnixNano(), st.StartedAt), int32(x.Status), false
 		switch {

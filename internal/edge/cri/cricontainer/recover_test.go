@@ -1,0 +1,194 @@
+package cricontainer
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+)
+
+// A daemon killed anywhere in a creation leaves a whole container or nothing,
+// and the same request works after it.
+// contract: 7.3.30
+// promise: P5
+func TestKilledInCreate(t *testing.T) {
+	for _, point := range []string{"record", "snapshot", "status", "complete"} {
+		t.Run(point, func(t *testing.T) {
+			n := newNode(t, ocispec.ImageConfig{Volumes: map[string]struct{}{"/etc": {}}}, nil)
+			faults, reached := crashAt(t, "cri.container."+point)
+			n.change = func(d *Deps) { d.Faults = faults }
+			n.boot()
+			c := app("a")
+			c.Mounts = []*runtime.Mount{{ContainerPath: "/img", Image: &runtime.ImageSpec{Image: "i"}}}
+			ctx, cancel := context.WithCancel(t.Context())
+			go n.s.Create(ctx, n.podID, c, nil) // never returns
+			<-reached
+			cancel()
+			n.change = nil
+			n.boot()
+			if point == "complete" {
+				all := n.s.Containers.List()
+				if len(all) != 1 || all[0].Status().State() != runtime.ContainerState_CONTAINER_CREATED || all[0].Facts().SnapshotKey != all[0].ID() {
+					t.Fatalf("%v", all)
+				}
+				if id := n.create(c); id != all[0].ID() {
+					t.Error("the retry got another container")
+				}
+			} else {
+				n.until("everything is gone", func() bool { return len(n.left()) == 0 })
+			}
+			id := n.run(c)
+			if err := n.s.Remove(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			n.nothingLeft()
+		})
+	}
+}
+
+// contract: 7.3.30
+func TestKilledInStart(t *testing.T) {
+	for point, want := range map[string]runtime.ContainerState{"task-created": runtime.ContainerState_CONTAINER_CREATED, "task-started": runtime.ContainerState_CONTAINER_RUNNING} {
+		t.Run(point, func(t *testing.T) {
+			n := newNode(t, ocispec.ImageConfig{}, nil)
+			faults, reached := crashAt(t, "cri.container."+point)
+			n.change = func(d *Deps) { d.Faults = faults }
+			n.boot()
+			id := n.create(app("a"))
+			go n.s.Start(t.Context(), id) // never returns
+			<-reached
+			n.change = nil
+			n.boot()
+			n.until("it is as it was", func() bool {
+				all, _ := n.tasks.List(t.Context())
+				return n.get(id).Status().State() == want && (len(all) == 0) == (want == runtime.ContainerState_CONTAINER_CREATED)
+			})
+			if want == runtime.ContainerState_CONTAINER_CREATED {
+				if err := n.s.Start(t.Context(), id); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := n.s.Remove(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			n.nothingLeft()
+		})
+	}
+}
+
+// contract: 7.3.30
+func TestKilledInRemove(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	faults, reached := crashAt(t, "cri.container.record-deleted")
+	n.change = func(d *Deps) { d.Faults = faults }
+	n.boot()
+	id := n.run(app("a"))
+	go n.s.Remove(t.Context(), id) // never returns
+	<-reached
+	n.change = nil
+	n.boot()
+	if _, err := n.s.Containers.Get(id); err == nil {
+		t.Error("it is known again")
+	}
+	n.until("the directories are gone", func() bool {
+		_, err := os.Stat(filepath.Join(n.dir, "root/containers", id))
+		_, err2 := os.Stat(filepath.Join(n.dir, "state/containers", id))
+		return errors.Is(err, os.ErrNotExist) && errors.Is(err2, os.ErrNotExist)
+	})
+	// The snapshot is left to collection: no record names it.
+	if err := n.snaps.Remove(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+	n.nothingLeft()
+}
+
+// Nobody's end is missed, however the daemon was away.
+// contract: 7.3.30, 7.1.15
+// promise: P18
+func TestEndedMeanwhile(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	stopped, deleted, lost, oom, alive := n.run(app("stopped")), n.run(app("deleted")), n.run(app("lost")), n.run(app("oom")), n.run(app("alive"))
+	n.s.outOfMemory(n.get(oom), time.Now())
+	// The shim was asked to forget it, and the daemon killed before it had stored the end.
+	faults, reached := crashAt(t, "cri.container.task-deleted")
+	n.s.Faults = faults
+	if err := n.tasks.End(container.ID(deleted), "", 9); err != nil {
+		t.Fatal(err)
+	}
+	<-reached
+	n.kill()
+	for id, code := range map[string]uint32{stopped: 5, oom: 137} {
+		if err := n.tasks.End(container.ID(id), "", code); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := n.tasks.End(container.ID(lost), "", 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.tasks.Delete(t.Context(), container.ID(lost)); err != nil {
+		t.Fatal(err)
+	}
+	n.boot()
+	for id, want := range map[string]cristate.Status{stopped: {ExitCode: 5, Reason: "Error"}, deleted: {ExitCode: 9, Reason: "Error"}, lost: {ExitCode: 255, Reason: "Unknown"}, oom: {ExitCode: 137, Reason: "OOMKilled"}} {
+		if st := n.ended(id); st.ExitCode != want.ExitCode || st.Reason != want.Reason {
+			t.Errorf("%+v, want %+v", st, want)
+		}
+	}
+	if st := n.get(alive).Status(); st.State() != runtime.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("%+v", st)
+	}
+	if err := n.tasks.End(container.ID(alive), "", 0); err != nil {
+		t.Fatal(err)
+	}
+	if st := n.ended(alive); st.Reason != "Completed" {
+		t.Errorf("%+v", st)
+	}
+}
+
+// A container whose shim does not answer is unknown until it does.
+// contract: 7.3.30, 7.1.15
+func TestRecoverHungShim(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	id, well := n.run(app("a")), n.run(app("b"))
+	n.tasks.hook(func() {
+		n.tasks.get = func(_ context.Context, c container.ID) error {
+			if c == container.ID(id) {
+				return context.DeadlineExceeded
+			}
+			return nil
+		}
+	})
+	n.boot()
+	n.until("it is unknown", func() bool { return n.get(id).Answer(cristate.ImageNames{}).Reason == "Unknown" })
+	if st := n.get(well).Status(); st.State() != runtime.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("%+v", st)
+	}
+	n.tasks.hook(func() { n.tasks.get = nil })
+	n.until("it runs again", func() bool { return n.get(id).Status().State() == runtime.ContainerState_CONTAINER_RUNNING })
+}
+
+// A status file that a power cut took does not take the container.
+// contract: 7.3.29, 7.3.30
+func TestRecoverWithoutStatus(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	id := n.create(app("a"))
+	if err := os.Truncate(filepath.Join(n.dir, "root/containers", id, "status"), 0); err != nil {
+		t.Fatal(err)
+	}
+	n.boot()
+	if st := n.ended(id); st.ExitCode != 255 || st.Reason != "Unknown" {
+		t.Errorf("%+v", st)
+	}
+	if err := n.s.Remove(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+}
