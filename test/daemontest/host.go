@@ -25,7 +25,8 @@ func (d *Daemon) Leftovers() []string {
 		left = append(left, "mount "+m)
 	}
 	bundles, _ := filepath.Glob(d.Dir + "/state/io.containerd.runtime.v2.task/*/*")
-	for _, b := range bundles {
+	pods, _ := filepath.Glob(d.Dir + "/state/io.containerd.sandbox.controller.v1.shim/*/*")
+	for _, b := range append(bundles, pods...) {
 		left = append(left, "bundle "+b)
 	}
 	for _, c := range d.cgroups() {
