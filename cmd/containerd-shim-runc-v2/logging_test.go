@@ -153,3 +153,61 @@ func TestLogBinaryReadiness(t *testing.T) {
 	}
 	k.finish()
 }
+
+// The kubelet renames a container's log while it writes: what the container
+// wrote is in the files together, in order, and its last words without a
+// newline as well.
+//
+// contract: 7.3.17, 7.3.20, 13.29
+// promise: P20
+func TestLogRotatedByTheKubelet(t *testing.T) {
+	d := newDaemon(t)
+	k := d.newTask("c1", "sh", "-c", "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; echo; printf the-end")
+	path := k.bundle + "/logs/0.log"
+	k.stdout = "file://" + path + "?format=cri&max-line=16384"
+	k.stderr = k.stdout
+	k.run()
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		k.wait("")
+	}()
+	var files []string
+	for running := true; running && len(files) < 500; {
+		select {
+		case <-exited:
+			running = false
+		case <-time.After(time.Millisecond):
+		}
+		next := fmt.Sprintf("%s.%d", path, len(files))
+		if err := os.Rename(path, next); err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, next)
+		if err := os.WriteFile(path, nil, 0o640); err != nil { // ReopenContainerLog
+			t.Fatal(err)
+		}
+	}
+	<-exited
+	k.delete("")
+	var got, want strings.Builder
+	for _, f := range append(files, path) {
+		for line := range strings.Lines(content(f)) {
+			p := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
+			if len(p) != 4 || p[1] != "stdout" || p[2] != "F" && p[2] != "P" || !strings.HasSuffix(line, "\n") {
+				t.Fatalf("%s: bad record %q", f, line)
+			}
+			got.WriteString(p[3])
+			if p[2] == "F" {
+				got.WriteByte('\n')
+			}
+		}
+	}
+	for i := range 20000 {
+		fmt.Fprintf(&want, "line %d\n", i)
+	}
+	want.WriteString("\nthe-end")
+	if got.String() != want.String() || len(files) < 2 {
+		t.Errorf("%d bytes of %d, or others, over %d files", got.Len(), want.Len(), len(files)+1)
+	}
+}
