@@ -61,8 +61,8 @@ func TestLife(t *testing.T) {
 			}
 			tasks := must2(v.Tasks().List(ctx))
 			if pauseless := sandboxer == cristate.SandboxerPauseless; pauseless {
-				if len(tasks) != 0 || w.images.asked != 0 || st.Pid != 0 {
-					t.Errorf("tasks %v, %d images, pid %d", tasks, w.images.asked, st.Pid)
+				if len(tasks) != 0 || w.images.asked.Load() != 0 || st.Pid != 0 {
+					t.Errorf("tasks %v, %d images, pid %d", tasks, w.images.asked.Load(), st.Pid)
 				}
 			} else if len(tasks) != 1 || tasks[0].ID != id || st.Pid != tasks[0].Pid || st.Namespaces["ipc"] == "" {
 				t.Errorf("tasks %v of %v", tasks, st)
@@ -121,7 +121,7 @@ func TestSharedPID(t *testing.T) {
 	cfg.Linux.SecurityContext.NamespaceOptions.Pid = runtime.NamespaceMode_POD
 	id := must[string](t)(s.Run(t.Context(), cfg, cristate.SandboxerPauseless))
 	st := must[*cristate.Pod](t)(s.Pods.Get(id)).Status()
-	if st.Pid == 0 || !strings.HasSuffix(st.Namespaces["pid"], "/ns/pid") || st.Sandboxer != cristate.SandboxerPauseless || w.images.asked != 1 {
+	if st.Pid == 0 || !strings.HasSuffix(st.Namespaces["pid"], "/ns/pid") || st.Sandboxer != cristate.SandboxerPauseless || w.images.asked.Load() != 1 {
 		t.Errorf("%+v", st)
 	}
 	again := w.up(nil)

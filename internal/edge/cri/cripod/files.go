@@ -186,10 +186,10 @@ func (d Dirs) joined(meta cristate.PodMeta, pid uint32) map[string]string {
 		if mode == runtime.NamespaceMode_NODE {
 			return
 		}
-		if path := d.ns(meta.ID, kind); nspin.Pinned(path) {
-			out[name] = path
-		} else if pid != 0 {
+		if pid != 0 {
 			out[name] = fmt.Sprintf("/proc/%d/ns/%s", pid, kind)
+		} else if path := d.ns(meta.ID, kind); nspin.Pinned(path) {
+			out[name] = path
 		}
 	}
 	add("uts", m.GetNetwork(), nspin.UTS)

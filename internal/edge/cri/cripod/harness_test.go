@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -92,11 +93,11 @@ func (n *fakeNet) fail(setup, teardown error) {
 // fakeImages has the pause image.
 type fakeImages struct {
 	snapshotter string
-	asked       int
+	asked       atomic.Int32
 }
 
 func (i *fakeImages) EnsureSandboxImage(context.Context, string, *runtime.PodSandboxConfig) (Image, error) {
-	i.asked++
+	i.asked.Add(1)
 	return Image{Name: "pause:1", Snapshotter: i.snapshotter}, nil
 }
 

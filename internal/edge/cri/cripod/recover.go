@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,7 +31,7 @@ const recoverLimit = 5 * time.Second
 func (s *Service) isHalf(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.half[id]
+	return s.half[id] != nil
 }
 
 // keepHalf lists what is left of a pod, until it is gone.
@@ -38,7 +39,7 @@ func (s *Service) keepHalf(p *cristate.Pod) {
 	id := p.ID()
 	p.Change(func(_ *cristate.PodMeta, st *cristate.PodStatus) { st.State = cristate.PodUnknown })
 	s.mu.Lock()
-	s.half[id] = true
+	s.half[id] = p
 	s.mu.Unlock()
 	if err := s.Pods.Add(p); err != nil && !errdefs.IsAlreadyExists(err) {
 		s.Log.Error("list what is left of a pod", "pod", id, "err", err)
@@ -67,7 +68,7 @@ func (s *Service) Recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("recover pods: %w", err)
 	}
-	known := map[string]bool{}
+	known, alone := map[string]bool{}, map[string]bool{}
 	var whole, half []*cristate.Pod
 	older, err := s.older(ctx, v, records)
 	if err != nil {
@@ -81,6 +82,7 @@ func (s *Service) Recover(ctx context.Context) error {
 		}
 		meta, err := cristate.DecodePod(ext)
 		if err != nil || meta.ID != r.ID {
+			alone[r.ID] = true
 			s.Log.Error("a pod's record cannot be read, the pod is left alone", "pod", r.ID, "err", err)
 			continue
 		}
@@ -88,6 +90,7 @@ func (s *Service) Recover(ctx context.Context) error {
 		if _, ok := r.Extensions[extensionIncomplete]; ok {
 			half = append(half, p)
 		} else if err := s.Pods.Add(p); err != nil {
+			alone[r.ID] = true
 			s.Log.Error("a pod's record is left alone", "pod", r.ID, "err", err)
 		} else {
 			whole = append(whole, p)
@@ -107,7 +110,7 @@ func (s *Service) Recover(ctx context.Context) error {
 		g.Go(func() error { return s.finish(ctx, p, recoverLimit) })
 	}
 	_ = g.Wait() // each is logged
-	s.Network.Reclaim(func(id string) bool { return known[id] && !s.isGone(id) })
+	s.Network.Reclaim(func(id string) bool { return alone[id] || s.isKnown(id) })
 	return nil
 }
 
@@ -125,10 +128,10 @@ func (s *Service) older(ctx context.Context, v view.View, records []sandbox.Sand
 	return out, err
 }
 
-// isGone says whether a pod is not listed any more.
-func (s *Service) isGone(id string) bool {
-	_, err := s.Pods.Get(id)
-	return err != nil
+// isKnown says whether there is still something of a pod.
+func (s *Service) isKnown(id string) bool {
+	p, err := s.Pods.Get(id)
+	return err == nil && p.ID() == id || s.isHalf(id)
 }
 
 // restored is the status that a record tells; the rest is asked for.
@@ -156,7 +159,7 @@ func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duratio
 	if err != nil {
 		s.Log.Warn("state of a pod is not known", "pod", m.ID, "err", err)
 		s.mu.Lock()
-		s.unknown[m.ID] = true
+		s.unknown[m.ID] = p
 		s.mu.Unlock()
 		s.wake()
 		return
@@ -201,11 +204,18 @@ func (s *Service) ask(ctx context.Context, p *cristate.Pod) (sandbox.Status, err
 func (s *Service) finish(ctx context.Context, p *cristate.Pod, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := s.Remove(ctx, p.ID()); err != nil {
-		s.Log.Warn("take away a pod that did not come up", "pod", p.ID(), "err", err)
-		return err
+	unlock, err := s.Pods.Lock(ctx, p.ID())
+	if err == nil {
+		defer unlock()
+		if !s.isHalf(p.ID()) {
+			return nil // the kubelet was faster
+		}
+		err = s.takeBack(ctx, p)
 	}
-	return nil
+	if err != nil {
+		s.Log.Warn("take away a pod that did not come up", "pod", p.ID(), "err", err)
+	}
+	return err
 }
 
 // sweep removes directories of pods that have no record: they are made after
@@ -231,63 +241,77 @@ func (s *Service) sweep(known map[string]bool) {
 // not known, until both are settled, and waits for more. It returns when ctx is
 // done.
 func (s *Service) Serve(ctx context.Context) error {
-	const first, most = time.Second, time.Minute
-	pause := first
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	type try struct {
+		at    time.Time
+		pause time.Duration
+		busy  bool
+	}
+	tries := map[string]*try{} // of this goroutine
+	done := make(chan string)
 	for {
-		work := s.pending()
+		work, now, next := s.pending(), time.Now(), time.Hour
+		maps.DeleteFunc(tries, func(id string, t *try) bool { return work[id] == nil && !t.busy })
+		for id, do := range work {
+			t := tries[id]
+			if t == nil {
+				t = &try{at: now.Add(firstPause), pause: firstPause}
+				tries[id] = t
+			}
+			if t.busy {
+				continue
+			}
+			if wait := t.at.Sub(now); wait > 0 {
+				next = min(next, wait)
+				continue
+			}
+			t.busy = true
+			wg.Go(func() {
+				do(ctx)
+				select {
+				case done <- id:
+				case <-ctx.Done():
+				}
+			})
+		}
 		var after <-chan time.Time
 		if len(work) > 0 {
-			after = time.After(pause)
-		} else {
-			pause = first
+			after = time.After(next)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case id := <-done:
+			t := tries[id]
+			t.busy, t.pause = false, min(2*t.pause, mostPause)
+			t.at = time.Now().Add(t.pause)
 		case <-s.kick:
-			pause = first
-			continue
 		case <-after:
 		}
-		pause = min(2*pause, most)
-		var wg sync.WaitGroup
-		for id, half := range work {
-			p, err := s.Pods.Get(id)
-			if err != nil {
-				s.mu.Lock()
-				delete(s.half, id)
-				delete(s.unknown, id)
-				s.mu.Unlock()
-				continue
-			}
-			wg.Go(func() {
-				if half {
-					_ = s.finish(ctx, p, undoLimit) // is logged, and tried again
-					return
-				}
-				if unlock, err := s.Pods.Lock(ctx, id); err == nil {
-					defer unlock()
-					if p.Status().State == cristate.PodUnknown {
-						s.adopt(ctx, p, askLimit)
-					}
-				}
-			})
-		}
-		wg.Wait()
 	}
 }
 
-// pending are the pods that Serve sees to; the value is set for those to be
-// taken away.
-func (s *Service) pending() map[string]bool {
+// A pod is tried again after a pause, which grows.
+const firstPause, mostPause = time.Second, time.Minute
+
+// pending is what there is to do for pods, by their ids.
+func (s *Service) pending() map[string]func(context.Context) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := map[string]bool{}
-	for id := range s.unknown {
-		out[id] = false
+	out := map[string]func(context.Context){}
+	for id, p := range s.unknown {
+		out[id] = func(ctx context.Context) {
+			if unlock, err := s.Pods.Lock(ctx, id); err == nil {
+				defer unlock()
+				if p.Status().State == cristate.PodUnknown {
+					s.adopt(ctx, p, askLimit)
+				}
+			}
+		}
 	}
-	for id := range s.half {
-		out[id] = true
+	for id, p := range s.half {
+		out[id] = func(ctx context.Context) { _ = s.finish(ctx, p, undoLimit) } // is logged, and tried again
 	}
 	return out
 }
@@ -317,7 +341,7 @@ func (s *Service) watch(id string) {
 			})
 			if st.State == cristate.PodUnknown {
 				s.mu.Lock()
-				s.unknown[id] = true
+				s.unknown[id] = p
 				s.mu.Unlock()
 				s.wake()
 			}

@@ -308,9 +308,12 @@ func (m *making) namespaces() error {
 	if users != nil && users.GetMode() == runtime.NamespaceMode_POD {
 		spec.Paths[nspin.User] = m.Dirs.ns(meta.ID, nspin.User)
 		spec.UIDs, spec.GIDs = mapping(users.GetUids()), mapping(users.GetGids())
-		if m.rt.Sandboxer == cristate.SandboxerPauseless {
-			m.Dirs.own(meta, spec.Paths)
-		}
+	}
+	// Without a process these are made now: those of a user namespace cannot be
+	// made later, and a shim's sandbox may have none of its own.
+	if m.rt.Sandboxer == cristate.SandboxerShim || m.rt.Sandboxer == cristate.SandboxerPauseless && spec.UIDs != nil {
+		m.Dirs.own(meta, spec.Paths)
+		spec.Hostname = meta.Config.GetHostname()
 	}
 	if len(spec.Paths) == 0 {
 		return nil

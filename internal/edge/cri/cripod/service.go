@@ -146,13 +146,13 @@ type Service struct {
 	kick  chan struct{} // wakes Serve
 
 	mu      sync.Mutex
-	half    map[string]bool // pods that are not complete and must go
-	unknown map[string]bool // complete ones whose state could not be told
+	half    map[string]*cristate.Pod // pods that are not complete and must go
+	unknown map[string]*cristate.Pod // complete ones whose state could not be told
 }
 
 // New makes a Service without pods; Recover finds those there are.
 func New(d Deps) *Service {
-	s := &Service{Deps: d, kick: make(chan struct{}, 1), half: map[string]bool{}, unknown: map[string]bool{}}
+	s := &Service{Deps: d, kick: make(chan struct{}, 1), half: map[string]*cristate.Pod{}, unknown: map[string]*cristate.Pod{}}
 	s.life, s.end = context.WithCancel(context.Background())
 	s.group = attempt.New(runLimit, linger, s.discard)
 	return s
