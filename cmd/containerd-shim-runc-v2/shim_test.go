@@ -45,7 +45,7 @@ func drivers(t *testing.T, fn func(t *testing.T, d *daemon, opts *options.Option
 			if name == "crun" && hybrid() {
 				// It refuses such a host: hide one of them from it.
 				name = d.dir + "/crun"
-				if err := os.WriteFile(name, []byte("#!/bin/sh\nexec unshare -m --propagation slave sh -c 'umount /sys/fs/cgroup/unified && exec crun \"$@\"' crun \"$@\"\n"), 0o755); err != nil {
+				if err := os.WriteFile(name, []byte("#!/bin/sh\nexec unshare -m --propagation slave sh -c 'umount /sys/fs/cgroup/unified && mount -t tmpfs t /sys/fs/cgroup/unified && exec crun \"$@\"' crun \"$@\"\n"), 0o755); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -39,6 +39,7 @@ import (
 
 	"github.com/gantryd/gantry/core/event"
 	"github.com/gantryd/gantry/core/namespace"
+	"github.com/gantryd/gantry/core/sandbox"
 	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/daemon/config"
@@ -72,7 +73,10 @@ type api struct {
 	manager    *shimclient.Manager
 	host       *plugin.Host
 	uuid       string
-	log        *slog.Logger
+	// controllers run sandboxes, by the names of sandboxers.
+	controllers sandbox.Controllers
+	kube        *cri // nil if Kubernetes' part is disabled
+	log         *slog.Logger
 }
 
 // register adds all services to a server.
@@ -86,12 +90,16 @@ func (a *api) register(s *grpc.Server) {
 	leasesapi.RegisterLeasesServer(s, leaserpc.NewServer(a.views))
 	namespacesapi.RegisterNamespacesServer(s, namespacerpc.NewServer(a.namespaces))
 	sandboxapi.RegisterStoreServer(s, sandboxrpc.NewServer(a.views))
+	sandboxapi.RegisterControllerServer(s, sandboxrpc.NewControllerServer(a.views, a.controllers))
 	snapshotsapi.RegisterSnapshotsServer(s, snapshotrpc.NewServer(a.views))
 	streamingapi.RegisterStreamingServer(s, streamrpc.NewServer(a.streams))
 	tasksapi.RegisterTasksServer(s, taskrpc.NewServer(a.views))
 	transferapi.RegisterTransferServer(s, transferrpc.NewServer(a.views, a.streams))
 	versionapi.RegisterVersionServer(s, versionrpc.NewServer(version, revision))
 	healthpb.RegisterHealthServer(s, health.NewServer())
+	if a.kube != nil {
+		a.kube.server.Register(s)
+	}
 }
 
 // introspection shows the host's table, who the daemon is, and its shims.

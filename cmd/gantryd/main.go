@@ -174,7 +174,13 @@ func serve(ctx context.Context, f *flags) error {
 	signals := &lifecycle.Signals{Log: log, Temp: cfg.Temp}
 	signals.Catch(lifecycle.Policy())
 	go signals.Run(ctx, stop)
-	d, err := assemble(ctx, cfg, log)
+	deprecations := map[string]string{}
+	for _, w := range warnings {
+		if w.ID != "" {
+			deprecations[w.ID] = w.Msg
+		}
+	}
+	d, err := assemble(ctx, cfg, deprecations, log)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -16,6 +17,7 @@ import (
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/diff"
 	"github.com/gantryd/gantry/core/mount"
+	"github.com/gantryd/gantry/core/sandbox"
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/daemon/config"
@@ -31,6 +33,7 @@ import (
 	"github.com/gantryd/gantry/internal/lib/tarstream"
 	"github.com/gantryd/gantry/internal/service/archive"
 	"github.com/gantryd/gantry/internal/service/autoremove"
+	"github.com/gantryd/gantry/internal/service/canary"
 	"github.com/gantryd/gantry/internal/service/gc"
 	"github.com/gantryd/gantry/internal/service/pull"
 	"github.com/gantryd/gantry/internal/service/push"
@@ -67,7 +70,7 @@ type program struct {
 
 // assemble builds the daemon in dependency order: what needs something is
 // below it, and takes it as an argument.
-func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *program, err error) {
+func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]string, log *slog.Logger) (_ *program, err error) {
 	warn := func(w config.Warning) { log.Warn(w.String()) }
 	faults, err := fault.Parse(os.Getenv("GANTRY_FAULT"), fault.Kill)
 	if err != nil {
@@ -214,9 +217,11 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 	if err != nil {
 		return nil, err
 	}
+	downloads := 0
+	unpacker := unpack.New(func(rec view.Records) diff.Applier { return differ(rec) }, unpack.Options{Snapshotter: defaultSnapshotter, Log: log})
 	local := plugin.New(typeTransfer, "local", transferDefaults(), func(_ context.Context, env *plugin.Env, c transferConfig) (*transfer.Service, error) {
 		remotes := registry.New(registry.Config{ConfigPath: c.ConfigPath, UserAgent: "containerd/" + version, Log: env.Log})
-		unpacker := unpack.New(func(rec view.Records) diff.Applier { return differ(rec) }, unpack.Options{Snapshotter: defaultSnapshotter, Log: env.Log})
+		downloads = c.MaxConcurrentDownloads
 		return transfer.New(transfer.Deps{Records: records, Registries: remotes,
 			Puller:   pull.New(unpacker, pull.Options{Downloads: c.MaxConcurrentDownloads, Log: env.Log}),
 			Pusher:   push.New(push.Options{Uploads: c.MaxConcurrentUploadedLayers, Log: env.Log}),
@@ -235,6 +240,24 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 		}
 		return view.Services{Diff: differ(rec), Tasks: store, Transfer: transfers.In(rec), Streams: streams.In(rec.Namespace())}
 	})
+
+	parts := checks(views, snapshotters, manager, tmp)
+	watch := canary.New(parts, 0, 0, log)
+	controllers := &sandboxers{shim: manager.Sandboxes, own: map[string]sandbox.Controller{}}
+	kube, err := openCRI(ctx, host, criDeps{root: cfg.Root, state: cfg.State, views: views, bus: bus, manager: manager, unpacker: unpacker, downloads: downloads,
+		roots: snapshotterRoots(host), controllers: controllers, deprecations: deprecations, faults: faults, ready: func() error {
+			var names []string // the network is told apart (contract 7.1.2)
+			for _, c := range parts {
+				names = append(names, c.Name)
+			}
+			return watch.Err(names...)
+		}}, log)
+	if err != nil {
+		return nil, err
+	}
+	if kube != nil {
+		watch.Add(canary.Check{Name: "network", Run: kube.checkNetwork})
+	}
 
 	id, err := serverUUID(filepath.Join(cfg.Root, typeGRPC+".introspection"))
 	if err != nil {
@@ -257,8 +280,8 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 	for _, w := range append(warnings, rest...) {
 		warn(w)
 	}
-	api := api{views: views, namespaces: db.Namespaces(), bus: bus, streams: streams, manager: manager, host: host, uuid: id, log: log}
-	return &program{host: host, components: []lifecycle.Component{
+	api := api{views: views, namespaces: db.Namespaces(), bus: bus, streams: streams, manager: manager, host: host, uuid: id, controllers: controllers, kube: kube, log: log}
+	components := []lifecycle.Component{
 		api.ttrpc(servers.TTRPC),
 		api.grpc(servers.GRPC),
 		api.tcp(servers.TCP),
@@ -272,8 +295,28 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *pro
 		{Name: "interrupted transfers", Run: func(ctx context.Context) error { return transfers.Run(ctx, db.Namespaces()) }},
 		{Name: "removal of ended containers", Run: autoremove.New(views, db.Namespaces(), bus, filepath.Join(cfg.Root, "io.gantry.logs"), log).Run},
 		{Name: "garbage collection", Run: collector.Run},
-		{Name: "events", Stop: func(context.Context) error { return bus.Close() }},
-	}}, nil
+		{Name: "readiness", Run: watch.Run},
+		debugHTTP("metrics server", servers.Metrics.Address, func() (net.Listener, error) { return net.Listen("tcp", servers.Metrics.Address) }, watch),
+		debugHTTP("debug server", servers.Debug.Address, func() (net.Listener, error) {
+			return listenUnix(servers.Debug.Address, servers.Debug.UID, servers.Debug.GID)
+		}, watch),
+	}
+	if kube != nil {
+		components = append(components, kube.components...)
+	}
+	components = append(components, lifecycle.Component{Name: "events", Stop: func(context.Context) error { return bus.Close() }})
+	return &program{host: host, components: components}, nil
+}
+
+// snapshotterRoots are the directories that snapshotters use, by name.
+func snapshotterRoots(host *plugin.Host) map[string]string {
+	roots := map[string]string{}
+	for _, row := range host.Plugins() {
+		if row.Type == typeSnapshotter {
+			roots[row.ID] = row.Exports["root"]
+		}
+	}
+	return roots
 }
 
 // boltTimeout bounds the wait for another process that has the metadata open.

@@ -32,7 +32,7 @@ const inside = "GANTRY_CRITEST_INSIDE"
 
 // Main runs the tests of a suite, as daemontest.Main does, in a network and a
 // mount namespace of their own, with only loopback up.
-func Main(m *testing.M, root string, bin *string) int {
+func Main(m interface{ Run() int }, root string, bin *string) int {
 	if os.Geteuid() == 0 && os.Getenv(inside) == "" {
 		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 		cmd.Env = append(os.Environ(), inside+"=1")
@@ -53,6 +53,7 @@ func Main(m *testing.M, root string, bin *string) int {
 			{"ip", "link", "set", "lo", "up"},
 			{"mkdir", "-p", "/var/lib/cni"},
 			{"mount", "-t", "tmpfs", "cni", "/var/lib/cni"}, // libcni's cache
+			{"sh", "-c", "if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified && mount -t tmpfs t /sys/fs/cgroup/unified; fi"}, // crun refuses a hybrid host
 		} {
 			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 				fmt.Printf("%s: %v: %s\n", strings.Join(args, " "), err, out)
@@ -266,24 +267,29 @@ func (n *Node) Clear(t testing.TB) {
 	}
 }
 
-// CheckClean says what is left after all pods were removed and the daemon was
-// stopped: processes, mounts, cgroups, addresses, network namespaces.
+// CheckClean fails the test for all that Left lists.
 func (n *Node) CheckClean(t testing.TB) {
 	t.Helper()
-	for _, left := range n.Leftovers() {
+	for _, left := range n.Left() {
 		t.Errorf("left behind: %s", left)
 	}
+}
+
+// Left lists what is there after all pods were removed and the daemon was
+// stopped: processes, mounts, cgroups, addresses, network namespaces, directories.
+func (n *Node) Left() []string {
+	left := n.Leftovers()
 	for _, a := range n.Addresses() {
-		t.Errorf("left behind: address %s", a)
+		left = append(left, "address "+a)
 	}
-	for _, dir := range []string{n.Dir + "/root/io.containerd.grpc.v1.cri", n.Dir + "/state/io.containerd.grpc.v1.cri"} {
-		for _, kind := range []string{"sandboxes", "containers"} {
-			left, _ := filepath.Glob(dir + "/" + kind + "/*")
-			for _, l := range left {
-				t.Errorf("left behind: %s", l)
-			}
+	for _, pattern := range []string{"/root/io.containerd.grpc.v1.cri/*/*", "/state/io.containerd.grpc.v1.cri/*/*", "/state/netns/*", "/root/io.gantry.cni/*"} {
+		found, err := filepath.Glob(n.Dir + pattern)
+		if err != nil {
+			left = append(left, err.Error())
 		}
+		left = append(left, found...)
 	}
+	return left
 }
 
 // Context ends with the test and after a minute.

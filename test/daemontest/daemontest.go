@@ -29,7 +29,7 @@ const (
 // Main runs the tests of a suite with *bin set to the directory that has
 // gantryd and its shim: $GANTRY_BIN, or freshly built from the module at root.
 // It is what TestMain exits with.
-func Main(m *testing.M, root string, bin *string) int {
+func Main(m interface{ Run() int }, root string, bin *string) int {
 	if os.Geteuid() != 0 {
 		fmt.Println("root is needed: these tests run containers")
 		return 1

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Leftovers lists what exists of the daemon on the host beside its files:
@@ -78,6 +80,11 @@ func (d *Daemon) cgroups() []string {
 		return nil
 	}
 	filepath.WalkDir("/sys/fs/cgroup", func(path string, e fs.DirEntry, err error) error {
+		// A tmpfs may be in place of a hierarchy, to hide it from a runtime.
+		var st unix.Statfs_t
+		if path == "/sys/fs/cgroup/unified" && unix.Statfs(path, &st) == nil && st.Type != unix.CGROUP2_SUPER_MAGIC {
+			return fs.SkipDir
+		}
 		if err == nil && e.IsDir() && strings.Contains(path, d.Mark) {
 			out = append(out, path)
 		}

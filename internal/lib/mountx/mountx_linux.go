@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/internal/lib/ownthread"
 )
 
 const (
@@ -277,20 +279,15 @@ func mountOverlay(source string, target *os.File, opts parsed, userns *os.File) 
 // onOwnThread runs fn on a thread whose working directory is dir. The thread
 // shares it with no other one, and ends afterwards.
 func onOwnThread(dir string, fn func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread is thrown away
+	return ownthread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			result <- fmt.Errorf("unshare working directory: %w", err)
-			return
+			return fmt.Errorf("unshare working directory: %w", err)
 		}
 		if err := unix.Chdir(dir); err != nil {
-			result <- &os.PathError{Op: "chdir", Path: dir, Err: err}
-			return
+			return &os.PathError{Op: "chdir", Path: dir, Err: err}
 		}
-		result <- fn()
-	}()
-	return <-result
+		return fn()
+	})
 }
 
 // overlayDirs are the options of an overlay that hold directories.

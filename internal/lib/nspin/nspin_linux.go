@@ -15,6 +15,7 @@ import (
 
 	"github.com/gantryd/gantry/internal/lib/idmap"
 	"github.com/gantryd/gantry/internal/lib/mountx"
+	"github.com/gantryd/gantry/internal/lib/ownthread"
 )
 
 // order is that in which namespaces are entered: what belongs to a user
@@ -62,7 +63,7 @@ func Make(s Spec) (err error) {
 	if user {
 		err = inChild(flags, s.UIDs, s.GIDs, pin)
 	} else {
-		err = onThread(func() error {
+		err = ownthread.Do(func() error {
 			if err := unix.Unshare(flags); err != nil {
 				return fmt.Errorf("make namespaces: %w", err)
 			}
@@ -107,23 +108,6 @@ func sysMap(m idmap.Map) []syscall.SysProcIDMap {
 		out[i] = syscall.SysProcIDMap{ContainerID: int(r.Container), HostID: int(r.Host), Size: int(r.Size)}
 	}
 	return out
-}
-
-// onThread runs fn on a thread that is thrown away afterwards.
-func onThread(fn func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// The first thread is never thrown away, and what it is in is what
-			// /proc shows of the program. While it is held here, fn gets another one.
-			defer runtime.UnlockOSThread()
-			result <- onThread(fn)
-			return
-		}
-		result <- fn() // never unlocked
-	}()
-	return <-result
 }
 
 // Pin binds the namespace that source names, such as /proc/1/ns/net, to a new
@@ -186,7 +170,7 @@ func Enter(paths map[Kind]string, fn func() error) error {
 	if _, ok := paths[User]; ok {
 		return fmt.Errorf("enter user namespace %s: %w", paths[User], errdefs.ErrInvalidArgument)
 	}
-	return onThread(func() error {
+	return ownthread.Do(func() error {
 		for _, o := range order {
 			path, ok := paths[o.kind]
 			if !ok {

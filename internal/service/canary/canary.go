@@ -56,9 +56,14 @@ func New(checks []Check, period, limit time.Duration, log *slog.Logger) *Canary 
 	}
 	c := &Canary{period: period, limit: limit, log: log}
 	for _, check := range checks {
-		c.parts = append(c.parts, part{Check: check, Result: Result{Name: check.Name, Since: time.Now()}})
+		c.Add(check)
 	}
 	return c
+}
+
+// Add adds a check; it is called before Run.
+func (c *Canary) Add(check Check) {
+	c.parts = append(c.parts, part{Check: check, Result: Result{Name: check.Name, Since: time.Now()}})
 }
 
 // Run checks until ctx is done, and leaves nothing running that heeds its context.

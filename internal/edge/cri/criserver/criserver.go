@@ -21,7 +21,9 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/gantryd/gantry/internal/edge/cni"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/cri/cristream"
 )
 
 // Pods is cripod.
@@ -46,12 +48,16 @@ type Containers interface {
 	Info(ctx context.Context, id string) (map[string]string, error)
 }
 
-// Streams is cristream.
+// Execs is cristream.Service.
+type Execs interface {
+	ExecSync(ctx context.Context, id string, command []string, timeout time.Duration) (cristream.Result, error)
+}
+
+// Streams is cristream.Server.
 type Streams interface {
-	ExecSync(ctx context.Context, id string, command []string, timeout time.Duration) (*runtime.ExecSyncResponse, error)
-	GetExec(*runtime.ExecRequest) (*runtime.ExecResponse, error)
-	GetAttach(*runtime.AttachRequest) (*runtime.AttachResponse, error)
-	GetPortForward(*runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
+	Exec(context.Context, *runtime.ExecRequest) (*runtime.ExecResponse, error)
+	Attach(context.Context, *runtime.AttachRequest) (*runtime.AttachResponse, error)
+	PortForward(context.Context, *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
 }
 
 // Stats is cristats.
@@ -64,13 +70,13 @@ type Stats interface {
 	PodSandboxMetrics(ctx context.Context) ([]*runtime.PodSandboxMetrics, error)
 }
 
-// Network is cni.
+// Network is cni.Network.
 type Network interface {
 	// Status is nil if pods of the handler can get a network.
-	Status(handler string) error
-	// Info describes the networks of a handler, for verbose answers.
-	Info(handler string) json.RawMessage
-	UpdatePodCIDR(ctx context.Context, cidr string) error
+	Status(ctx context.Context, handler string) error
+	// Info tells what is loaded, by handler.
+	Info() map[string]cni.Info
+	UpdatePodCIDR(ctx context.Context, cidrs string) error
 }
 
 // Images is criimage; its answers are those of the image service.
@@ -90,6 +96,7 @@ type Deps struct {
 	Pods       Pods
 	Containers Containers
 	Images     Images
+	Execs      Execs
 	Streams    Streams
 	Stats      Stats
 	Network    Network
@@ -179,7 +186,7 @@ func (s *Server) Status(ctx context.Context, r *runtime.StatusRequest) (*runtime
 	resp := &runtime.StatusResponse{
 		Status: &runtime.RuntimeStatus{Conditions: []*runtime.RuntimeCondition{
 			condition(runtime.RuntimeReady, "RuntimeNotReady", ready),
-			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.d.Network.Status("")),
+			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.d.Network.Status(ctx, "")),
 			s.deprecations(),
 		}},
 		Features: &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, UserNamespacesHostNetwork: true},
@@ -200,20 +207,12 @@ func (s *Server) Status(ctx context.Context, r *runtime.StatusRequest) (*runtime
 		return resp, nil
 	}
 	resp.Info = map[string]string{"golang": asJSON(goruntime.Version()), "config": asJSON(s.d.Config)}
-	for _, name := range append([]string{""}, names...) {
+	for name, info := range s.d.Network.Info() {
 		suffix := ""
-		if name != "" {
-			if s.d.Runtime.Containerd.Runtimes[name].CNIConfDir == "" {
-				continue // it has no networks of its own
-			}
+		if name != "default" {
 			suffix = "." + name
 		}
-		resp.Info["cniconfig"+suffix] = string(s.d.Network.Info(name))
-		state := "OK"
-		if err := s.d.Network.Status(name); err != nil {
-			state = err.Error()
-		}
-		resp.Info["lastCNILoadStatus"+suffix] = state
+		resp.Info["cniconfig"+suffix], resp.Info["lastCNILoadStatus"+suffix] = asJSON(info.Config), info.LoadStatus
 	}
 	return resp, nil
 }
@@ -447,7 +446,12 @@ func (s *Server) ExecSync(ctx context.Context, r *runtime.ExecSyncRequest) (*run
 	if len(r.GetCmd()) == 0 {
 		return nil, missing("cmd")
 	}
-	return s.d.Streams.ExecSync(ctx, c.ID(), r.Cmd, time.Duration(max(r.GetTimeout(), 0))*time.Second)
+	timeout := min(time.Duration(max(r.GetTimeout(), 0)), maxGrace/time.Second) * time.Second
+	res, err := s.d.Execs.ExecSync(ctx, c.ID(), r.Cmd, timeout)
+	if err != nil {
+		return nil, err
+	}
+	return &runtime.ExecSyncResponse{Stdout: res.Stdout, Stderr: res.Stderr, ExitCode: res.ExitCode}, nil
 }
 
 // running finds a container that runs.
@@ -463,7 +467,7 @@ func (s *Server) running(id string) (*cristate.Container, error) {
 }
 
 // Exec answers where to connect to (contract 7.1.19).
-func (s *Server) Exec(_ context.Context, r *runtime.ExecRequest) (*runtime.ExecResponse, error) {
+func (s *Server) Exec(ctx context.Context, r *runtime.ExecRequest) (*runtime.ExecResponse, error) {
 	c, err := s.running(r.GetContainerId())
 	if err != nil {
 		return nil, err
@@ -472,21 +476,21 @@ func (s *Server) Exec(_ context.Context, r *runtime.ExecRequest) (*runtime.ExecR
 		return nil, missing("cmd")
 	}
 	r.ContainerId = c.ID()
-	return s.d.Streams.GetExec(r)
+	return s.d.Streams.Exec(ctx, r)
 }
 
 // Attach answers where to connect to.
-func (s *Server) Attach(_ context.Context, r *runtime.AttachRequest) (*runtime.AttachResponse, error) {
+func (s *Server) Attach(ctx context.Context, r *runtime.AttachRequest) (*runtime.AttachResponse, error) {
 	c, err := s.running(r.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
 	r.ContainerId = c.ID()
-	return s.d.Streams.GetAttach(r)
+	return s.d.Streams.Attach(ctx, r)
 }
 
 // PortForward answers where to connect to.
-func (s *Server) PortForward(_ context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
+func (s *Server) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
 	p, err := s.pods.Get(r.GetPodSandboxId())
 	if err != nil {
 		return nil, err
@@ -495,7 +499,7 @@ func (s *Server) PortForward(_ context.Context, r *runtime.PortForwardRequest) (
 		return nil, fmt.Errorf("pod sandbox %s is not ready: %w", p.ID(), errdefs.ErrFailedPrecondition)
 	}
 	r.PodSandboxId = p.ID()
-	return s.d.Streams.GetPortForward(r)
+	return s.d.Streams.PortForward(ctx, r)
 }
 
 // GetContainerEvents sends events until the client goes (contract 7.1.22).

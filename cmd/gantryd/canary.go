@@ -1,0 +1,101 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/gantryd/gantry/core/lease"
+	"github.com/gantryd/gantry/core/snapshot"
+	"github.com/gantryd/gantry/core/typed"
+	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/daemon/lifecycle"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/debughttp"
+	"github.com/gantryd/gantry/internal/edge/shimclient"
+	"github.com/gantryd/gantry/internal/lib/mountx"
+	"github.com/gantryd/gantry/internal/service/canary"
+)
+
+// canaryName is what checks make and remove again, in Kubernetes' namespace.
+const canaryName = "gantry-canary"
+
+// checks are the parts that every container needs (promise P34).
+func checks(views view.Source, snapshotters map[string]snapshot.Store, manager *shimclient.Manager, tmp string) []canary.Check {
+	all := []canary.Check{{Name: "store", Run: func(ctx context.Context) error {
+		v, err := views.In(cristate.Namespace, "")
+		if err != nil {
+			return err
+		}
+		_, err = v.Leases().Create(ctx, lease.Lease{ID: canaryName, Labels: map[string]string{lease.LabelExpire: time.Now().Add(time.Minute).UTC().Format(time.RFC3339)}})
+		if err != nil && !errdefs.IsAlreadyExists(err) {
+			return err
+		}
+		return v.Leases().Delete(ctx, canaryName, false)
+	}}, {Name: "shim", Run: func(ctx context.Context) error {
+		_, err := manager.Info(ctx, defaultRuntime, typed.Any{})
+		return err
+	}}}
+	for name, s := range snapshotters {
+		all = append(all, canary.Check{Name: "snapshotter " + name, Run: func(ctx context.Context) error {
+			// Collection takes snapshots without a record, this one now and then
+			// while it is in use.
+			if err := tryMount(ctx, s, tmp); err == nil || ctx.Err() != nil {
+				return err
+			}
+			return tryMount(ctx, s, tmp)
+		}})
+	}
+	return all
+}
+
+// tryMount makes a snapshot of nothing, writes into it where it is mounted, and
+// takes it away.
+func tryMount(ctx context.Context, s snapshot.Store, tmp string) (err error) {
+	if err := s.Remove(ctx, canaryName); err != nil && !errdefs.IsNotFound(err) { // of an earlier life
+		return err
+	}
+	mounts, err := s.Prepare(ctx, canaryName, "", nil)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if rerr := s.Remove(context.WithoutCancel(ctx), canaryName); rerr != nil && !errdefs.IsNotFound(rerr) {
+			err = errors.Join(err, rerr)
+		}
+	}()
+	return mountx.WithTemp(ctx, tmp, mounts, func(root string) error {
+		return os.WriteFile(filepath.Join(root, "canary"), []byte("alive"), 0o600)
+	})
+}
+
+// debugHTTP serves readiness at an address, if there is one.
+func debugHTTP(name, address string, listen func() (net.Listener, error), c *canary.Canary) lifecycle.Component {
+	if address == "" {
+		return lifecycle.Component{Name: name}
+	}
+	var l net.Listener
+	srv := &http.Server{Handler: debughttp.Handler(c.Results), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
+	return lifecycle.Component{Name: name,
+		Start: func(context.Context) (err error) {
+			if l, err = listen(); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		},
+		Run: func(ctx context.Context) error {
+			return serveUntil(ctx, func() error {
+				if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+					return err
+				}
+				return nil
+			}, func() { _ = srv.Close() })
+		}}
+}

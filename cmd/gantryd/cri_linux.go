@@ -1,0 +1,440 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/opencontainers/selinux/go-selinux"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"tags.cncf.io/container-device-interface/pkg/cdi"
+
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/event"
+	"github.com/gantryd/gantry/core/namespace"
+	"github.com/gantryd/gantry/core/sandbox"
+	"github.com/gantryd/gantry/core/snapshot"
+	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/daemon/lifecycle"
+	"github.com/gantryd/gantry/internal/edge/cni"
+	"github.com/gantryd/gantry/internal/edge/cri/cricontainer"
+	"github.com/gantryd/gantry/internal/edge/cri/criimage"
+	"github.com/gantryd/gantry/internal/edge/cri/cripod"
+	"github.com/gantryd/gantry/internal/edge/cri/criserver"
+	"github.com/gantryd/gantry/internal/edge/cri/crispec"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/cri/cristats"
+	"github.com/gantryd/gantry/internal/edge/cri/cristream"
+	"github.com/gantryd/gantry/internal/edge/shimclient"
+	"github.com/gantryd/gantry/internal/lib/fault"
+	"github.com/gantryd/gantry/internal/lib/plugin"
+)
+
+// The types of Kubernetes' components (contract 2.2).
+const (
+	typeCRI               = "io.containerd.cri.v1"
+	typeSandboxController = "io.containerd.sandbox.controller.v1"
+)
+
+// criDeps is what Kubernetes' part stands on.
+type criDeps struct {
+	root, state  string
+	views        view.Source
+	bus          event.Bus
+	manager      *shimclient.Manager
+	unpacker     criimage.Unpacker
+	downloads    int
+	roots        map[string]string // of snapshotters
+	controllers  *sandboxers
+	ready        func() error
+	deprecations map[string]string
+	faults       *fault.Points
+}
+
+// cri is Kubernetes' part of the daemon.
+type cri struct {
+	server     *criserver.Server
+	network    *cni.Network
+	networks   string // directory of configurations
+	components []lifecycle.Component
+}
+
+// sandboxers are the controllers of pods by name (contract 1.3.30, 7.3.25).
+// Those that only Kubernetes has are in its namespace alone.
+type sandboxers struct {
+	shim func(namespace.ID) (sandbox.Controller, error)
+	own  map[string]sandbox.Controller
+}
+
+// Controller implements sandbox.Controllers.
+func (s *sandboxers) Controller(ns namespace.ID, name string) (sandbox.Controller, error) {
+	if name == "" {
+		return nil, fmt.Errorf("sandboxer is required: %w", errdefs.ErrInvalidArgument)
+	}
+	if name == cristate.SandboxerShim {
+		return s.shim(ns)
+	}
+	if err := namespace.Check(ns); err != nil {
+		return nil, err
+	}
+	if c := s.own[name]; c != nil && ns == cristate.Namespace {
+		return c, nil
+	}
+	return nil, fmt.Errorf("sandboxer %q in namespace %s: %w", name, ns, errdefs.ErrNotFound)
+}
+
+// openCRI builds the kubelet's services, nil if they are disabled.
+func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger) (*cri, error) {
+	serverConfig, err := plugin.Open(ctx, host, plugin.New(typeGRPC, "cri", cristate.DefaultServerConfig(), func(_ context.Context, _ *plugin.Env, c cristate.ServerConfig) (cristate.ServerConfig, error) {
+		return c, nil
+	}))
+	if errors.Is(err, plugin.ErrDisabled) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	config, err := plugin.Open(ctx, host, plugin.New(typeCRI, "runtime", cristate.DefaultRuntimeConfig(), func(_ context.Context, env *plugin.Env, c cristate.RuntimeConfig) (cristate.RuntimeConfig, error) {
+		return c, checkRuntimes(c, env.Log)
+	}))
+	if err != nil {
+		return nil, err
+	}
+	root, state := filepath.Join(d.root, cristate.PluginID), filepath.Join(d.state, cristate.PluginID)
+	images, err := plugin.Open(ctx, host, plugin.New(typeCRI, "images", cristate.DefaultImagesConfig(), func(_ context.Context, env *plugin.Env, c cristate.ImagesConfig) (*criimage.Service, error) {
+		s, warnings, err := criimage.New(criimage.Deps{Source: d.views, Events: d.bus, Unpacker: d.unpacker, Config: c, Runtime: config, Roots: d.roots,
+			HostsDir: filepath.Join(state, "hosts"), Downloads: d.downloads, Log: env.Log})
+		for _, w := range warnings {
+			env.Log.Warn("setting without full effect", "key", w.Key, "reason", w.Why)
+		}
+		return s, err
+	}))
+	if err != nil {
+		return nil, err
+	}
+
+	handlers := map[string]cni.HandlerConfig{}
+	for name, rt := range config.Containerd.Runtimes {
+		if rt.CNIConfDir != "" {
+			handlers[name] = cni.HandlerConfig{ConfDir: rt.CNIConfDir, MaxConfNum: rt.CNIMaxConfNum}
+		}
+	}
+	bins := config.CNI.BinDirs
+	if config.CNI.BinDir != "" {
+		bins = []string{config.CNI.BinDir}
+	}
+	network, err := cni.Open(cni.Options{Dir: filepath.Join(d.root, "io.gantry.cni"), PerRuntime: handlers, Log: log, Faults: d.faults, Config: cni.Config{
+		BinDirs: bins, ConfDir: config.CNI.ConfDir, MaxConfNum: config.CNI.MaxConfNum, SetupSerially: config.CNI.SetupSerially, ConfTemplate: config.CNI.ConfTemplate,
+		IPPref: config.CNI.IPPref, UseInternalLoopback: config.CNI.UseInternalLoopback}})
+	if err != nil {
+		return nil, err
+	}
+
+	look := &criHost{config: config, manager: d.manager, log: log, runtimes: map[string]shimclient.RuntimeInfo{}}
+	bases, err := baseSpecs(config)
+	if err != nil {
+		return nil, err
+	}
+	pods, containers := cristate.NewPods(), cristate.NewContainers()
+	notifier := &cristate.Notifier{Pods: pods, Containers: containers, Names: images.Names, Events: cristate.NewEvents()}
+	dirs := cripod.Dirs{Root: root, State: state, NetNS: cni.NetNSDir}
+	if config.NetNSMountsUnderStateDir {
+		dirs.NetNS = filepath.Join(d.state, "netns")
+	}
+
+	containerService, err := cricontainer.New(cricontainer.Deps{Views: d.views, Events: d.bus, Pods: pods, Containers: containers, Notifier: notifier,
+		Images: images, Config: config, WritesLogs: look.writesLogs,
+		Base:   func(rt cristate.Runtime) *specs.Spec { return bases[rt.BaseRuntimeSpec] },
+		CDI:    cdiDevices(config),
+		PodDir: dirs.Of, PodShm: dirs.Shm, Host: look.facts,
+		Root: root, State: state, Faults: d.faults, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	podImages := podImages{images}
+	controllerDeps := cripod.ControllerDeps{Views: d.views, Namespace: cristate.Namespace, Config: config, Dirs: dirs, Images: podImages, Log: log,
+		Spec: func(ctx context.Context, in cripod.SpecInput) (*specs.Spec, error) {
+			return pauseSpec(ctx, config, look, bases, in, log)
+		}}
+	pause := cripod.NewPodSandbox(controllerDeps)
+	d.controllers.own[cristate.SandboxerPodSandbox] = pause
+	d.controllers.own[cristate.SandboxerPauseless] = cripod.NewPauseless(controllerDeps, pause)
+	podService := cripod.New(cripod.Deps{Views: d.views, Controllers: d.controllers, Pods: pods, Config: config, Dirs: dirs, Network: network, Images: podImages,
+		Containers: containerService, Labels: podLabels(config), Notify: notifier, Log: log, Faults: d.faults})
+
+	period, retention, err := cristats.Periods(config)
+	if err != nil {
+		return nil, err
+	}
+	stats := cristats.New(cristats.Options{Pods: pods, Containers: containers, Period: period, Retention: retention, Log: log,
+		Root: func(name string) string { return d.roots[name] },
+		Usage: func(ctx context.Context, snapshotter, key string) (snapshot.Usage, error) {
+			v, err := d.views.In(cristate.Namespace, "")
+			if err != nil {
+				return snapshot.Usage{}, err
+			}
+			s, err := v.Snapshots(snapshotter)
+			if err != nil {
+				return snapshot.Usage{}, err
+			}
+			return s.Usage(ctx, key)
+		}})
+	streams, server, err := openStreams(ctx, d, config, serverConfig, pods, containers, containerService, filepath.Join(state, "execs"), log)
+	if err != nil {
+		return nil, err
+	}
+
+	driver := runtime.CgroupDriver_CGROUPFS
+	if _, rt, err := config.Handler(""); err == nil && rt.SystemdCgroup() {
+		driver = runtime.CgroupDriver_SYSTEMD
+	}
+	var opened atomic.Bool
+	c := &cri{network: network, networks: config.CNI.ConfDir, server: criserver.New(criserver.Deps{Notifier: notifier, Pods: podService, Containers: containerService, Images: images, Execs: streams, Streams: server,
+		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: driver, Version: version, Log: log,
+		Features: func(ctx context.Context, _ string, rt cristate.Runtime) criserver.Features {
+			return look.features(ctx, rt)
+		},
+		Opened: func() error {
+			if !opened.Load() {
+				return fmt.Errorf("server is not initialized yet: %w", errdefs.ErrUnavailable)
+			}
+			return nil
+		}})}
+	c.components = []lifecycle.Component{
+		{Name: "pod networks", Run: network.Run},
+		{Name: "images of pods", Run: images.Run},
+		{Name: "streams of pods", Run: server.Run, Stop: streams.Close},
+		{Name: "statistics of pods", Run: stats.Run},
+		{Name: "pods", Run: func(ctx context.Context) error {
+			sub, err := d.bus.Subscribe(ctx, "namespace=="+string(cristate.Namespace)+",topic=="+event.TopicTaskExit, "namespace=="+string(cristate.Namespace)+",topic=="+event.TopicSandboxExit)
+			if err != nil {
+				return fmt.Errorf("watch the ends of pods: %w", err)
+			}
+			defer sub.Close()
+			// Images first: the names that statuses show are theirs.
+			select {
+			case <-images.Ready():
+			case <-ctx.Done():
+				return nil
+			}
+			if err := podService.Recover(ctx); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("recover pods: %w", err)
+			}
+			if err := containerService.Recover(ctx); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("recover containers: %w", err)
+			}
+			opened.Store(true)
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			wg.Go(func() { watchPods(ctx, sub, podService) })
+			wg.Go(func() { _ = podService.Serve(ctx) })
+			return containerService.Run(ctx)
+		}, Stop: podService.Close},
+	}
+	return c, nil
+}
+
+// checkNetwork is nil on a host that has no pod networks at all: there the
+// kubelet is told so, and nobody else misses them.
+func (c *cri) checkNetwork(ctx context.Context) error {
+	for _, kind := range []string{"*.conflist", "*.conf", "*.json"} {
+		if files, err := filepath.Glob(filepath.Join(c.networks, kind)); err != nil || len(files) > 0 {
+			return c.network.Status(ctx, "")
+		}
+	}
+	return nil
+}
+
+// checkRuntimes reports what of the table of handlers cannot work.
+func checkRuntimes(c cristate.RuntimeConfig, log *slog.Logger) error {
+	if _, _, err := c.Handler(""); err != nil {
+		return fmt.Errorf("default_runtime_name: %w", err)
+	}
+	for name, rt := range c.Containerd.Runtimes {
+		if _, err := rt.Record(); err != nil {
+			return fmt.Errorf("runtimes.%s: %w", name, err)
+		}
+		switch rt.Sandboxer {
+		case "", cristate.SandboxerPodSandbox, cristate.SandboxerPauseless, cristate.SandboxerShim:
+		default:
+			log.Warn("sandboxer is not known; its pods will be refused", "handler", name, "sandboxer", rt.Sandboxer)
+		}
+		if rt.IOType == "streaming" {
+			log.Warn("io_type \"streaming\" is not supported, FIFOs are used", "handler", name)
+		}
+	}
+	return nil
+}
+
+// baseSpecs reads the specifications that handlers begin with.
+func baseSpecs(c cristate.RuntimeConfig) (map[string]*specs.Spec, error) {
+	out := map[string]*specs.Spec{}
+	for name, rt := range c.Containerd.Runtimes {
+		if rt.BaseRuntimeSpec == "" {
+			continue
+		}
+		data, err := os.ReadFile(rt.BaseRuntimeSpec)
+		if err != nil {
+			return nil, fmt.Errorf("runtimes.%s.base_runtime_spec: %w", name, err)
+		}
+		var s specs.Spec
+		if err := json.Unmarshal(data, &s); err != nil {
+			return nil, fmt.Errorf("runtimes.%s.base_runtime_spec: %s: %v: %w", name, rt.BaseRuntimeSpec, err, errdefs.ErrInvalidArgument)
+		}
+		out[rt.BaseRuntimeSpec] = &s
+	}
+	return out, nil
+}
+
+// pauseSpec is the specification of a pod's own container.
+func pauseSpec(ctx context.Context, config cristate.RuntimeConfig, look *criHost, bases map[string]*specs.Spec, in cripod.SpecInput, log *slog.Logger) (*specs.Spec, error) {
+	host := look.facts(ctx, in.Meta.RuntimeHandler, in.Runtime)
+	var err error
+	if in.Image == nil {
+		// Nothing is run: only what is set in the namespaces counts.
+		sysctls, err := crispec.Sysctls(in.Meta.Config, config, host)
+		return &specs.Spec{Version: specs.Version, Linux: &specs.Linux{Sysctl: sysctls}}, err
+	}
+	s := crispec.SandboxInput{ID: in.Meta.ID, Config: in.Meta.Config, Runtime: in.Runtime, RuntimeConfig: config, Host: host, NetNSPath: in.Meta.NetNSPath,
+		UserNSPath: in.UserNSPath, Base: bases[in.Runtime.BaseRuntimeSpec], ProcessLabel: in.Meta.ProcessLabel, MountLabel: in.MountLabel, Dir: in.Dir, Shm: in.Shm, Log: log}
+	s.Image, s.ImageName = in.Image.Config, in.Image.Name
+	if s.User, err = crispec.ResolveUser(crispec.SandboxIdentity(in.Meta.Config, s.Image.User), nil); err != nil {
+		return nil, err
+	}
+	sc := in.Meta.Config.GetLinux().GetSecurityContext()
+	ref, err := crispec.SeccompRef(sc.GetSeccomp(), sc.GetSeccompProfilePath(), sc.GetPrivileged(), config)
+	if err != nil {
+		return nil, err
+	}
+	if ref != "" {
+		if s.Seccomp, err = cricontainer.ReadSeccomp(ref); err != nil {
+			return nil, err
+		}
+	}
+	return crispec.Sandbox(s)
+}
+
+// podLabels are SELinux's, nil where it is not used.
+func podLabels(c cristate.RuntimeConfig) cripod.Labels {
+	if !c.EnableSELinux || !selinux.GetEnabled() {
+		return nil
+	}
+	selinux.CategoryRange = uint32(max(c.SELinuxCategoryRange, 1))
+	return labels{}
+}
+
+type labels struct{}
+
+func (labels) Make(cfg *runtime.PodSandboxConfig) (process, mount string, err error) {
+	return crispec.Labels(cfg.GetLinux().GetSecurityContext().GetSelinuxOptions(), "", false)
+}
+func (labels) Reserve(process string) { selinux.ReserveLabel(process) }
+func (labels) Release(process string) { selinux.ReleaseLabel(process) }
+
+// podImages are the images as pods see them.
+type podImages struct{ *criimage.Service }
+
+func (i podImages) EnsureSandboxImage(ctx context.Context, handler string, _ *runtime.PodSandboxConfig) (cripod.Image, error) {
+	img, err := i.Service.EnsureSandboxImage(ctx, handler)
+	return cripod.Image{Name: i.SandboxImage(), ID: img.ID, ChainID: img.ChainID, Snapshotter: img.Snapshotter, Config: img.Spec.Config}, err
+}
+
+// openStreams builds exec, attach and port forward.
+func openStreams(ctx context.Context, d criDeps, config cristate.RuntimeConfig, server cristate.ServerConfig, pods *cristate.Index[*cristate.Pod], containers *cristate.Index[*cristate.Container],
+	service *cricontainer.Service, dir string, log *slog.Logger) (*cristream.Service, *cristream.Server, error) {
+	v, err := d.views.In(cristate.Namespace, "")
+	if err != nil {
+		return nil, nil, err
+	}
+	drain, err := time.ParseDuration(config.DrainExecSyncIOTimeout)
+	if err != nil && config.DrainExecSyncIOTimeout != "" {
+		return nil, nil, fmt.Errorf("drain_exec_sync_io_timeout: %v: %w", err, errdefs.ErrInvalidArgument)
+	}
+	s, err := cristream.Open(ctx, cristream.Deps{Tasks: v.Tasks(), Dir: dir, Drain: drain, Log: log,
+		Container: func(ctx context.Context, id string) (cristream.Container, error) {
+			c, err := containers.Get(id)
+			if err != nil {
+				return cristream.Container{}, err
+			}
+			rec, err := v.Containers().Get(ctx, container.ID(c.ID()))
+			if err != nil {
+				return cristream.Container{}, err
+			}
+			var spec specs.Spec
+			if err := json.Unmarshal(rec.Spec.Value, &spec); err != nil {
+				return cristream.Container{}, fmt.Errorf("specification of container %s: %v: %w", c.ID(), err, errdefs.ErrInternal)
+			}
+			m := c.Meta()
+			out := cristream.Container{ID: rec.ID, Process: spec.Process, TTY: m.Config.GetTty(), Stdin: m.Config.GetStdin(), StdinOnce: m.Config.GetStdinOnce(), Gone: c.Gone()}
+			if st := c.Status().State(); st != runtime.ContainerState_CONTAINER_RUNNING {
+				out.Running = fmt.Errorf("container %s is not running, it is %s: %w", c.ID(), st, errdefs.ErrFailedPrecondition)
+			}
+			files, err := service.Streams(c.ID())
+			if err != nil {
+				return cristream.Container{}, err
+			}
+			out.StdinPath, out.LogPath = files.Stdin, files.Log
+			return out, nil
+		},
+		Pod: func(_ context.Context, id string) (cristream.Pod, error) {
+			p, err := pods.Get(id)
+			if err != nil {
+				return cristream.Pod{}, err
+			}
+			out := cristream.Pod{ID: p.ID(), NetNSPath: p.Meta().NetNSPath}
+			if p.Status().State != cristate.PodReady {
+				out.Ready = fmt.Errorf("pod sandbox %s is not ready: %w", p.ID(), errdefs.ErrFailedPrecondition)
+			}
+			return out, nil
+		}})
+	if err != nil {
+		return nil, nil, err
+	}
+	x, err := cristream.Listen(s, server)
+	return s, x, err
+}
+
+// watchPods tells the pods' service when a pod's own process has ended.
+func watchPods(ctx context.Context, sub event.Subscription, pods *cripod.Service) {
+	for {
+		e, err := sub.Next(ctx)
+		if err != nil {
+			return
+		}
+		switch x := e.Event.(type) {
+		case event.TaskExit:
+			if x.ID == x.ContainerID { // a container that is no pod is not known to pods
+				pods.OnExit(x.ID, sandbox.Exit{Status: x.ExitStatus, At: x.ExitedAt})
+			}
+		case event.SandboxExit:
+			pods.OnExit(x.SandboxID, sandbox.Exit{Status: x.ExitStatus, At: x.ExitedAt})
+		}
+	}
+}
+
+// cdiDevices gives containers devices that are described by files of the host.
+// The files are read at each use: they come and go, and are few.
+func cdiDevices(c cristate.RuntimeConfig) func(*specs.Spec, []string) error {
+	if !c.EnableCDI {
+		return nil
+	}
+	return func(s *specs.Spec, names []string) error {
+		cache, err := cdi.NewCache(cdi.WithSpecDirs(c.CDISpecDirs...), cdi.WithAutoRefresh(false))
+		if err != nil {
+			return fmt.Errorf("CDI: %w", err)
+		}
+		if unknown, err := cache.InjectDevices(s, names...); err != nil {
+			return fmt.Errorf("CDI devices %q: %v: %w", unknown, err, errdefs.ErrNotFound)
+		}
+		return nil
+	}
+}

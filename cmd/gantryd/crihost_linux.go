@@ -1,0 +1,183 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/runtime-spec/specs-go/features"
+	"github.com/opencontainers/selinux/go-selinux"
+	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/client"
+	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/internal/edge/cri/criserver"
+	"github.com/gantryd/gantry/internal/edge/cri/crispec"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/shimclient"
+)
+
+// criHost looks at the host and its runtimes for pods and containers.
+type criHost struct {
+	config  cristate.RuntimeConfig
+	manager *shimclient.Manager
+	log     *slog.Logger
+
+	mu       sync.Mutex // guards runtimes; nothing is asked under it
+	runtimes map[string]shimclient.RuntimeInfo
+}
+
+// facts are those of now: devices come and go.
+func (h *criHost) facts(ctx context.Context, _ string, rt cristate.Runtime) crispec.Host {
+	base, err := client.HostFacts(true)
+	if err != nil {
+		h.log.Warn("some facts of the host are not known", "error", err)
+	}
+	out := crispec.Host{HostFacts: base, SELinux: h.config.EnableSELinux && selinux.GetEnabled()}
+	out.SystemdCgroup = rt.SystemdCgroup()
+	out.Controllers = cgroupControllers(base.CgroupV2)
+	out.Swap = swapController(base.CgroupV2)
+	out.HugeTLB = slices.Contains(out.Controllers, "hugetlb")
+	out.Hostname, _ = os.Hostname() // unknown is ""
+	if b, err := os.ReadFile("/sys/module/apparmor/parameters/enabled"); err == nil && strings.HasPrefix(string(b), "Y") && !h.config.DisableAppArmor {
+		out.AppArmorLoaded = appArmorLoaded
+		out.AppArmor = crispec.AppArmorDefault
+	}
+	out.OOMScoreAdj, out.OOMScoreLowerable = oomScore()
+	f := h.features(ctx, rt)
+	out.RecursiveReadOnly, out.IDMapMounts, out.UserNamespaces = f.RecursiveReadOnly, f.UserNamespaces, f.UserNamespaces
+	return out
+}
+
+// features says what kernel and runtime can do together (contract 10.10, 13.30).
+func (h *criHost) features(ctx context.Context, rt cristate.Runtime) criserver.Features {
+	info, err := h.info(ctx, rt)
+	if err != nil {
+		h.log.Debug("features of a runtime", "runtime", rt.Type, "error", err)
+		return criserver.Features{}
+	}
+	var f features.Features
+	if err := json.Unmarshal(info.Features.Value, &f); err != nil {
+		return criserver.Features{}
+	}
+	out := criserver.Features{RecursiveReadOnly: slices.Contains(f.MountOptions, "rro")}
+	if l := f.Linux; l != nil {
+		idmap := l.MountExtensions != nil && l.MountExtensions.IDMap != nil && l.MountExtensions.IDMap.Enabled != nil && *l.MountExtensions.IDMap.Enabled
+		_, err := os.Stat("/proc/self/ns/user")
+		out.UserNamespaces = idmap && slices.Contains(l.Namespaces, "user") && err == nil
+	}
+	return out
+}
+
+// info asks a runtime once what it is; one that did not answer is asked again.
+func (h *criHost) info(ctx context.Context, rt cristate.Runtime) (shimclient.RuntimeInfo, error) {
+	rec, err := rt.Record()
+	if err != nil {
+		return shimclient.RuntimeInfo{}, err
+	}
+	return h.infoOf(ctx, rec)
+}
+
+func (h *criHost) infoOf(ctx context.Context, rec container.Runtime) (shimclient.RuntimeInfo, error) {
+	key := rec.Name + "\x00" + string(rec.Options.Value)
+	h.mu.Lock()
+	info, ok := h.runtimes[key]
+	h.mu.Unlock()
+	if ok {
+		return info, nil
+	}
+	info, err := h.manager.Info(ctx, rec.Name, rec.Options)
+	if err != nil {
+		return info, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.runtimes[key] = info
+	return info, nil
+}
+
+// writesLogs says that a runtime's shim keeps logs in Kubernetes' form itself.
+func (h *criHost) writesLogs(ctx context.Context, rec container.Runtime) bool {
+	info, err := h.infoOf(ctx, rec)
+	return err == nil && info.Annotations["io.gantry.shim.log"] == "cri"
+}
+
+func cgroupControllers(v2 bool) []string {
+	if v2 {
+		b, err := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
+		if err != nil {
+			return nil
+		}
+		return strings.Fields(string(b))
+	}
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return nil
+	}
+	var all []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.SplitN(strings.TrimSpace(line), ":", 3); len(f) == 3 && f[1] != "" && !strings.HasPrefix(f[1], "name=") {
+			all = append(all, strings.Split(f[1], ",")...)
+		}
+	}
+	return all
+}
+
+// swapController says that swap can be limited.
+func swapController(v2 bool) bool {
+	if !v2 {
+		_, err := os.Stat("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+		return err == nil
+	}
+	// The root group has no such file; any other has it or none does.
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return false
+	}
+	own, _ := strings.CutPrefix(strings.TrimSpace(string(b)), "0::")
+	for dir := filepath.Join("/sys/fs/cgroup", own); strings.HasPrefix(dir, "/sys/fs/cgroup/"); dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "memory.swap.max")); err == nil {
+			return true
+		}
+	}
+	found, err := filepath.Glob("/sys/fs/cgroup/*/memory.swap.max")
+	return err == nil && len(found) > 0
+}
+
+// appArmorLoaded says that the kernel has a profile.
+func appArmorLoaded(profile string) bool {
+	b, err := os.ReadFile("/sys/kernel/security/apparmor/profiles")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(b)) {
+		if strings.HasPrefix(line, profile+" (") {
+			return true
+		}
+	}
+	return false
+}
+
+// oomScore is the daemon's own, and whether it may give lower ones.
+func oomScore() (score int, lowerable bool) {
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0, false
+	}
+	score, err = strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0, false
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return score, false
+	}
+	return score, data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+}
