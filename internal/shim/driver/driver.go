@@ -14,6 +14,7 @@ import (
 	"os"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // Stdio is what a process gets as its standard streams: files (nil for
@@ -88,4 +89,14 @@ type Container interface {
 	// Delete removes the cgroup and the runtime's state of a container
 	// whose first process has exited. It can be repeated.
 	Delete(ctx context.Context) error
+}
+
+// ExecSignaller is a Container that knows what an exec has started, also when
+// the exec itself has ended.
+type ExecSignaller interface {
+	// SignalExec signals all processes of an exec. With SIGKILL none of them
+	// runs when it returns. ErrNotFound if there are none.
+	SignalExec(id string, sig unix.Signal) error
+	// ForgetExec gives free what is kept of an exec that has been deleted.
+	ForgetExec(id string)
 }

@@ -62,6 +62,8 @@ type container struct {
 	c   *libcontainer.Container
 	dir string
 	log *slog.Logger
+
+	execs execGroups
 }
 
 func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Container, _ driver.Started, err error) {
@@ -232,7 +234,12 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 	if err != nil {
 		return driver.Started{}, err
 	}
-	return c.run(ctx, p, stdio, nil)
+	c.execs.open(c.c, id, p)
+	s, err := c.run(ctx, p, stdio, nil)
+	if err != nil {
+		c.execs.forget(id)
+	}
+	return s, err
 }
 
 func (c *container) Pause(ctx context.Context) error {

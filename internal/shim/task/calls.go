@@ -86,6 +86,12 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	if r.All && p.id == "" && status == tasktypes.Status_STOPPED {
 		return empty(), nil // contract 15, row 1.3.36
 	}
+	execs, _ := c.made.(driver.ExecSignaller)
+	if r.All && p.id != "" && execs != nil {
+		if err := execs.SignalExec(p.id, sig); !errdefs.IsNotFound(err) {
+			return empty(), err
+		}
+	}
 	// Where the cgroup is not known the first process stands for all: with it
 	// a pid namespace ends.
 	if r.All && p.id == "" && c.group != nil {

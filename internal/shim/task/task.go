@@ -768,6 +768,9 @@ func (s *Service) deleteExec(p *process) (*taskapi.DeleteResponse, error) {
 			s.Log.Warn("close the streams", "id", p.c.id, "exec", p.id, "error", err)
 		}
 	}
+	if execs, ok := p.c.made.(driver.ExecSignaller); ok {
+		execs.ForgetExec(p.id)
+	}
 	if p.exit.At.IsZero() {
 		p.exit.At = time.Now().UTC()
 	}

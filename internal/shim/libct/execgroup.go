@@ -1,0 +1,145 @@
+//go:build linux
+
+package libct
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/runc/libcontainer"
+	"golang.org/x/sys/unix"
+)
+
+// execGroups keeps each exec in a cgroup of its own below the container's, so
+// that all that it starts can be found and killed (promise P17). With cgroup
+// v1 that is only in the freezer's hierarchy: limits and accounting stay the
+// container's. With v2 the group has no controllers, to the same effect.
+type execGroups struct {
+	once       sync.Once
+	base       string // the container's directory, "" if there is none to use
+	controller string // of base; "" is v2
+
+	mu   sync.Mutex // guards left
+	left map[string]bool
+}
+
+const freezer = "freezer"
+
+// killWithin bounds the repetition of a kill.
+const killWithin = time.Second
+
+func (g *execGroups) dir(id string) string { return filepath.Join(g.base, "exec-"+id) }
+
+// open makes the group of an exec. Without one the exec runs in the
+// container's.
+func (g *execGroups) open(c *libcontainer.Container, id string, p *libcontainer.Process) {
+	g.once.Do(func() {
+		state, err := c.State()
+		if err != nil {
+			return
+		}
+		if cgroups.IsCgroup2UnifiedMode() {
+			g.base = state.CgroupPaths[""]
+		} else {
+			g.base, g.controller = state.CgroupPaths[freezer], freezer
+		}
+	})
+	if g.base == "" || os.Mkdir(g.dir(id), 0o755) != nil {
+		return
+	}
+	if g.controller == "" {
+		// In a threaded group it could not hold a process.
+		kind, err := os.ReadFile(filepath.Join(g.dir(id), "cgroup.type"))
+		if err != nil || string(bytes.TrimSpace(kind)) != "domain" {
+			os.Remove(g.dir(id))
+			return
+		}
+	}
+	p.SubCgroupPaths = map[string]string{g.controller: "exec-" + id}
+}
+
+// signal signals all processes of an exec. ErrNotFound if there are none.
+func (g *execGroups) signal(id string, sig unix.Signal) error {
+	if g.base == "" {
+		return fmt.Errorf("exec %s has no cgroup: %w", id, errdefs.ErrNotFound)
+	}
+	dir := g.dir(id)
+	pids, err := cgroups.GetPids(dir)
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(pids) == 0 {
+		return fmt.Errorf("cgroup of exec %s is empty: %w", id, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return fmt.Errorf("processes of exec %s: %w", id, err)
+	}
+	write := func(file, text string) error { return os.WriteFile(filepath.Join(dir, file), []byte(text), 0) }
+	if sig == unix.SIGKILL && g.controller == "" && write("cgroup.kill", "1") == nil {
+		return nil
+	}
+	for deadline := time.Now().Add(killWithin); ; time.Sleep(time.Millisecond) {
+		if sig == unix.SIGKILL && g.controller == freezer {
+			// What is frozen starts no other; a kill is obeyed at the thaw.
+			_ = write("freezer.state", "FROZEN")
+			pids, err = cgroups.GetPids(dir)
+		}
+		for _, pid := range pids {
+			_ = unix.Kill(pid, sig)
+		}
+		if sig == unix.SIGKILL && g.controller == freezer {
+			_ = write("freezer.state", "THAWED")
+		}
+		if sig != unix.SIGKILL {
+			return nil
+		}
+		if pids, err = cgroups.GetPids(dir); err != nil || alive(pids) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d processes of exec %s survive a kill: %w", len(pids), id, errdefs.ErrUnavailable)
+		}
+	}
+}
+
+// alive counts those that are more than an entry for their parent.
+func alive(pids []int) int {
+	n := 0
+	for _, pid := range pids {
+		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		if i := bytes.LastIndexByte(stat, ')'); err == nil && i >= 0 && i+2 < len(stat) && stat[i+2] != 'Z' && stat[i+2] != 'X' {
+			n++
+		}
+	}
+	return n
+}
+
+// forget removes the group of an exec, and those before it in which something
+// ran on. What never ends is removed with the container.
+func (g *execGroups) forget(id string) {
+	if g.base == "" {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.left == nil {
+		g.left = map[string]bool{}
+	}
+	g.left[id] = true
+	for id := range g.left {
+		if err := unix.Rmdir(g.dir(id)); err == nil || errors.Is(err, unix.ENOENT) {
+			delete(g.left, id)
+		}
+	}
+}
+
+// SignalExec is driver.ExecSignaller's.
+func (c *container) SignalExec(id string, sig unix.Signal) error { return c.execs.signal(id, sig) }
+
+// ForgetExec is driver.ExecSignaller's.
+func (c *container) ForgetExec(id string) { c.execs.forget(id) }
