@@ -299,21 +299,29 @@ func (x *command) remove(err error) {
 func (x *command) closeFiles() { closeAll(x.in, x.out[0], x.out[1]) }
 
 // end kills an exec with all that it started, and makes the runtime forget it.
+// It tries for as long as ctx lets it: an exec may be in the middle of its
+// start.
 func (s *Service) end(ctx context.Context, id container.ID, exec task.ExecID, k *kin) error {
 	// With all set, Gantry's shim kills the exec's own cgroup. Another shim
 	// kills the one process; its relations are looked for.
 	k.stop()
-	err := ignoreGone(s.d.Tasks.Kill(ctx, id, exec, uint32(unix.SIGKILL), true))
-	k.kill()
-	if err == nil {
-		_, err = s.d.Tasks.Wait(ctx, id, exec)
-		err = ignoreGone(err)
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		err := ignoreGone(s.d.Tasks.Kill(ctx, id, exec, uint32(unix.SIGKILL), true))
+		k.kill()
+		if err == nil {
+			_, err = s.d.Tasks.Wait(ctx, id, exec)
+			err = ignoreGone(err)
+		}
+		_, derr := s.d.Tasks.DeleteExec(ctx, id, exec)
+		if ignoreGone(derr) == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, derr)
+		case <-time.After(pause):
+		}
 	}
-	_, derr := s.d.Tasks.DeleteExec(ctx, id, exec)
-	if derr = ignoreGone(derr); derr == nil {
-		return nil
-	}
-	return errors.Join(err, derr)
 }
 
 // fifo makes a FIFO and opens both of its ends, so that neither end of file

@@ -118,8 +118,21 @@ func inNetNS(path string, fn func() error) error {
 	}
 	defer ns.Close()
 	done := make(chan error, 1)
-	go func() {
+	var inside func()
+	inside = func() {
 		goruntime.LockOSThread() // the thread ends with this goroutine if it is not unlocked
+		if unix.Gettid() == os.Getpid() {
+			// The first thread stands for the process in /proc. While it is
+			// held here, another goroutine gets another thread.
+			defer goruntime.UnlockOSThread()
+			other := make(chan struct{})
+			go func() {
+				defer close(other)
+				inside()
+			}()
+			<-other
+			return
+		}
 		own, err := os.Open("/proc/thread-self/ns/net")
 		if err != nil {
 			goruntime.UnlockOSThread()
@@ -137,6 +150,7 @@ func inNetNS(path string, fn func() error) error {
 			goruntime.UnlockOSThread()
 		}
 		done <- err
-	}()
+	}
+	go inside()
 	return <-done
 }

@@ -114,9 +114,10 @@ func (k *kin) look(pid int) (process, bool) {
 	if err != nil {
 		return process{}, false
 	}
-	// The name in brackets may contain anything.
+	// The name in brackets may contain anything. Of one that has ended, the
+	// kernel does not tell the cgroup any more.
 	f := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	if len(f) < 20 {
+	if len(f) < 20 || f[0][0] == 'Z' || f[0][0] == 'X' {
 		return process{}, false
 	}
 	var p process
