@@ -107,12 +107,9 @@ func logFormat(uri string) (o logOptions, ok bool, err error) {
 	}
 	o.max = number("max-size", 0, 0, 1<<62)
 	o.files = int(number("max-files", 1, 1, 1000))
-	o.line = int(number("max-line", recordText, -1, 1<<30))
+	o.line = int(number("max-line", recordText, -1<<30, 1<<30))
 	o.rate = number("max-rate", 0, 0, 1<<40)
-	if o.line == 0 && err == nil {
-		err = fmt.Errorf("max-line 0 leaves no text: %w", errdefs.ErrInvalidArgument)
-	}
-	if o.line < 0 {
+	if o.line <= 0 { // as the kubelet's setting has it
 		o.line = 1 << 30
 	}
 	return o, true, err
