@@ -365,7 +365,7 @@ func (n *node) left() []string {
 			left = append(left, "mount "+line)
 		}
 	}
-	all, err := n.tasks.List(n.t.Context())
+	all, err := n.src.TaskStore.List(n.t.Context())
 	add(err)
 	for _, p := range all {
 		left = append(left, "task "+p.ID)
