@@ -768,7 +768,8 @@ func TestDaemonAway(t *testing.T) {
 	k.delete("")
 	k.finish()
 	want := []string{"/tasks/create", "/tasks/start", "/tasks/exec-added e1", "/tasks/exec-started e1", "/tasks/exit e1 2", "/tasks/exit c1 137", "/tasks/delete"}
-	if diff := cmp.Diff(want, d.topics("c1")); diff != "" {
+	// What the daemon took and could not confirm any more is told again.
+	if diff := cmp.Diff(want, slices.Compact(d.topics("c1"))); diff != "" {
 		t.Error(diff)
 	}
 }

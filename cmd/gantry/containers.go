@@ -253,7 +253,8 @@ func (a *app) stop(ctx context.Context, v view.View, c container.Container, name
 		waiting, cancel = context.WithTimeout(ctx, grace)
 	}
 	_, err = v.Tasks().Wait(waiting, c.ID, "")
-	over := waiting.Err() != nil && ctx.Err() == nil
+	// The daemon may be the first to notice that the time is over.
+	over := ctx.Err() == nil && (waiting.Err() != nil || errors.Is(err, context.DeadlineExceeded))
 	cancel()
 	if err != nil && over {
 		err = a.kill9(ctx, v, c)
