@@ -3,6 +3,7 @@ package cricontainer
 import (
 	"archive/tar"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"os"
@@ -12,13 +13,18 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/content"
+	"github.com/gantryd/gantry/core/diff"
+	"github.com/gantryd/gantry/core/mount"
 )
 
 func find(t *testing.T, spec *specs.Spec, at string) specs.Mount {
@@ -359,6 +365,85 @@ func TestCheckpointRefused(t *testing.T) {
 	n.boot()
 	if err := n.s.Checkpoint(t.Context(), id, n.dir+"/c.tar", 0); !errdefs.IsNotImplemented(err) {
 		t.Error(err)
+	}
+}
+
+// layers answers any comparison with one blob.
+type layers struct {
+	diff.Service
+	to content.Store
+}
+
+func (l layers) Compare(ctx context.Context, lower, upper []mount.Mount, o diff.CompareOptions) (ocispec.Descriptor, error) {
+	const text = "the changes"
+	if len(lower) == 0 || len(upper) == 0 || o.MediaType != ocispec.MediaTypeImageLayer {
+		return ocispec.Descriptor{}, errdefs.ErrInvalidArgument
+	}
+	w, err := l.to.Writer(ctx, "layer", content.WriterOptions{})
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer w.Close()
+	if _, err := io.WriteString(w, text); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	d := ocispec.Descriptor{Digest: digest.FromString(text), Size: int64(len(text))}
+	return d, w.Commit(ctx, d.Size, d.Digest, nil)
+}
+
+// contract: 7.1.23
+func TestCheckpointArchive(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	n.src.DiffService = layers{to: n.src.ContentStore}
+	n.boot()
+	id := n.run(app("a"))
+	n.write(n.dir+"/logs/a/0.log", "what it said\n")
+	n.tasks.checkpoint = func(o *options.CheckpointOptions) error {
+		if o.Exit {
+			t.Error("the container is to go on")
+		}
+		n.write(o.ImagePath+"/pages-1.img", "memory")
+		n.write(o.WorkPath+"/dump.log", "criu's")
+		return nil
+	}
+	at := n.dir + "/checkpoint.tar"
+	if err := n.s.Checkpoint(t.Context(), id, at, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	e := entries(t, at)
+	for name, want := range map[string]string{"checkpoint/pages-1.img": "memory", "dump.log": "criu's", "container.log": "what it said\n", "rootfs-diff.tar": "the changes"} {
+		if e[name] != want {
+			t.Errorf("%s: %q", name, e[name])
+		}
+	}
+	var config struct{ ID, Name, RootfsImageRef string }
+	var spec specs.Spec
+	var st runtime.ContainerStatus
+	if err := errors.Join(json.Unmarshal([]byte(e["config.dump"]), &config), json.Unmarshal([]byte(e["spec.dump"]), &spec), json.Unmarshal([]byte(e["status.dump"]), &st)); err != nil {
+		t.Fatal(err)
+	}
+	if config.ID != id || config.Name != "a" || config.RootfsImageRef != "sha256:config" || spec.Process == nil || st.GetId() != id {
+		t.Errorf("%+v %+v %+v", config, spec.Process, &st)
+	}
+	if info, err := os.Stat(at); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v %v", info, err)
+	}
+	n.tasks.checkpoint = func(*options.CheckpointOptions) error { return errors.New("criu: no") }
+	if err := n.s.Checkpoint(t.Context(), id, at+"2", time.Minute); err == nil || !strings.Contains(err.Error(), "criu: no") {
+		t.Error(err)
+	}
+	if _, err := os.Stat(at + "2"); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if st := n.get(id).Status(); st.State() != runtime.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("%+v", st)
+	}
+	if err := n.s.Remove(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+	if l, err := n.src.LeaseStore.List(t.Context()); err != nil || len(l) != 1 {
+		t.Errorf("leases %v %v", l, err)
 	}
 }
 

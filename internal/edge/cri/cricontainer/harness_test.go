@@ -13,9 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/container"
@@ -24,6 +26,7 @@ import (
 	"github.com/gantryd/gantry/core/sandbox"
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/task"
+	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/edge/cri/criimage"
 	"github.com/gantryd/gantry/internal/edge/cri/crispec"
@@ -54,6 +57,16 @@ type tasks struct {
 	create  func(context.Context, container.ID, task.CreateOptions) error
 	kill    func(context.Context, container.ID, uint32) error
 	get     func(context.Context, container.ID) error
+
+	checkpoint func(*options.CheckpointOptions) error
+}
+
+func (t *tasks) Checkpoint(_ context.Context, _ container.ID, _ string, a typed.Any) ([]ocispec.Descriptor, error) {
+	var o options.CheckpointOptions
+	if err := proto.Unmarshal(a.Value, &o); err != nil || a.URL != "containerd.runc.v1.CheckpointOptions" {
+		return nil, errdefs.ErrInvalidArgument
+	}
+	return nil, t.checkpoint(&o)
 }
 
 func (t *tasks) hook(fn func()) { t.mu.Lock(); defer t.mu.Unlock(); fn() }

@@ -9,11 +9,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -467,4 +469,129 @@ func TestUpdateResources(t *testing.T) {
 	if err := n.s.UpdateResources(t.Context(), id, res, nil); !errdefs.IsFailedPrecondition(err) {
 		t.Error(err)
 	}
+}
+
+// plugin is an NRI plugin that keeps a diary.
+type plugin struct {
+	mu     sync.Mutex
+	diary  []string
+	refuse string // the hook that says no
+}
+
+func (p *plugin) note(what string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.diary = append(p.diary, what)
+	if what == p.refuse {
+		return errdefs.ErrPermissionDenied.WithMessage("plugin x says no")
+	}
+	return nil
+}
+
+func (p *plugin) CreateContainer(_ context.Context, _ *cristate.Pod, _ *cristate.Container, s *specs.Spec) error {
+	s.Process.Env = append(s.Process.Env, "NRI=1")
+	return p.note("create")
+}
+func (p *plugin) PostCreateContainer(context.Context, *cristate.Pod, *cristate.Container) {
+	p.note("created")
+}
+func (p *plugin) StartContainer(context.Context, *cristate.Pod, *cristate.Container) error {
+	return p.note("start")
+}
+func (p *plugin) PostStartContainer(context.Context, *cristate.Pod, *cristate.Container) {
+	p.note("started")
+}
+func (p *plugin) UpdateContainer(_ context.Context, _ *cristate.Pod, _ *cristate.Container, r *runtime.LinuxContainerResources) (*runtime.LinuxContainerResources, error) {
+	return &runtime.LinuxContainerResources{CpuShares: r.CpuShares * 2}, p.note("update")
+}
+func (p *plugin) PostUpdateContainer(context.Context, *cristate.Pod, *cristate.Container) {
+	p.note("updated")
+}
+func (p *plugin) StopContainer(context.Context, *cristate.Pod, *cristate.Container) error {
+	return p.note("stop")
+}
+func (p *plugin) RemoveContainer(context.Context, *cristate.Pod, *cristate.Container) error {
+	return p.note("remove")
+}
+
+// contract: 7.3.23
+func TestNRI(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	p := &plugin{}
+	n.change = func(d *Deps) { d.NRI = p }
+	n.boot()
+	id := n.run(app("a"))
+	if env := n.spec(id).Process.Env; !slices.Contains(env, "NRI=1") {
+		t.Errorf("%q", env)
+	}
+	if err := n.s.UpdateResources(t.Context(), id, &runtime.LinuxContainerResources{CpuShares: 100}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := *n.spec(id).Linux.Resources.CPU.Shares; got != 200 {
+		t.Errorf("shares %d", got)
+	}
+	if err := n.s.Adjust(t.Context(), id, &runtime.LinuxContainerResources{CpuShares: 300}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(n.s.Stop(t.Context(), id, 0), n.s.Remove(t.Context(), id)); err != nil {
+		t.Fatal(err)
+	}
+	if want := strings.Fields("create created start started update updated stop remove"); !slices.Equal(p.diary, want) {
+		t.Errorf("%q", p.diary)
+	}
+	p.refuse = "create"
+	if _, err := n.s.Create(t.Context(), n.podID, app("b"), nil); !errdefs.IsPermissionDenied(err) {
+		t.Error(err)
+	}
+	n.nothingLeft()
+	p.refuse = "start"
+	id = n.create(app("b"))
+	if err := n.s.Start(t.Context(), id); !errdefs.IsPermissionDenied(err) {
+		t.Error(err)
+	}
+	if st := n.get(id).Status(); st.Reason != cristate.ReasonStartError {
+		t.Errorf("%+v", st)
+	}
+}
+
+// contract: 7.3.2
+func TestTarget(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	id := n.run(app("a"))
+	c := app("debug")
+	ask := func(target string) (string, error) {
+		c.Linux.SecurityContext = &runtime.LinuxContainerSecurityContext{NamespaceOptions: &runtime.NamespaceOption{Pid: runtime.NamespaceMode_TARGET, TargetId: target}}
+		return n.s.Create(t.Context(), n.podID, c, nil)
+	}
+	debug, err := ask(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("/proc/%d/ns/pid", n.get(id).Status().Pid)
+	if !slices.ContainsFunc(n.spec(debug).Linux.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.PIDNamespace && ns.Path == want }) {
+		t.Errorf("%+v", n.spec(debug).Linux.Namespaces)
+	}
+	if err := errors.Join(n.s.Remove(t.Context(), debug), n.s.Stop(t.Context(), id, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask(id); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a target that has ended: %v", err)
+	}
+	if _, err := ask("unknown"); !errdefs.IsNotFound(err) {
+		t.Errorf("an unknown target: %v", err)
+	}
+}
+
+// A pod that stops while a container is made does not keep it.
+// contract: 7.1.11
+func TestPodStopsMeanwhile(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	n.snaps.gate = func(context.Context) error {
+		n.pod.Change(func(_ *cristate.PodMeta, st *cristate.PodStatus) { st.State = cristate.PodNotReady })
+		return nil
+	}
+	if _, err := n.s.Create(t.Context(), n.podID, app("a"), nil); !errdefs.IsFailedPrecondition(err) {
+		t.Error(err)
+	}
+	n.nothingLeft()
 }

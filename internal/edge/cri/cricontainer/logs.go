@@ -251,6 +251,14 @@ func (s *Service) startCopy(pod *cristate.Pod, c *cristate.Container) (err error
 			}
 		}
 	}
+	if m.Config.GetStdin() {
+		// A client that goes away does not end the container's input.
+		f, oerr := os.OpenFile(filepath.Join(dir, fifoStdin), unix.O_RDWR|unix.O_NONBLOCK, 0)
+		if oerr != nil {
+			return oerr
+		}
+		cp.hold = append(cp.hold, f)
+	}
 	for i, f := range cp.ends {
 		cp.done.Go(func() { l.copy(names[i], f) })
 	}

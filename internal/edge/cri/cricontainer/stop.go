@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -292,14 +293,10 @@ func (s *Service) RemoveAll(ctx context.Context, podID string) error {
 
 func (s *Service) each(podID string, fn func(id string) error) error {
 	var wg sync.WaitGroup
-	var errs []error
-	for _, c := range s.Containers.List() {
-		if c.Meta().SandboxID != podID {
-			continue
-		}
-		errs = append(errs, nil)
-		at := len(errs) - 1
-		wg.Go(func() { errs[at] = fn(c.ID()) })
+	all := slices.DeleteFunc(s.Containers.List(), func(c *cristate.Container) bool { return c.Meta().SandboxID != podID })
+	errs := make([]error, len(all))
+	for i, c := range all {
+		wg.Go(func() { errs[i] = fn(c.ID()) })
 	}
 	wg.Wait()
 	return errors.Join(errs...)
