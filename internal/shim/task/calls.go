@@ -87,7 +87,9 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 		return empty(), nil // contract 15, row 1.3.36
 	}
 	execs, _ := c.made.(driver.ExecSignaller)
-	if r.All && p.id != "" && execs != nil {
+	// One that is just being started is no other process's to kill: the runtime
+	// would wait for it in vain.
+	if r.All && p.id != "" && execs != nil && status != tasktypes.Status_CREATED {
 		if err := execs.SignalExec(p.id, sig); !errdefs.IsNotFound(err) {
 			return empty(), err
 		}

@@ -124,7 +124,11 @@ func TestPortForward(t *testing.T) {
 				return
 			}
 			io.WriteString(c, "the host")
-			c.Close()
+			c.(*net.TCPConn).CloseWrite()
+			go func() {
+				io.Copy(io.Discard, c)
+				c.Close()
+			}()
 		}
 	}()
 	r.pods["host"] = Pod{ID: "host"}
@@ -434,6 +438,12 @@ func TestAborts(t *testing.T) {
 		})
 	}
 	until(t, "the commands have ended", func() bool { return processes("sleep 7501") == 0 })
+	defer func() {
+		if t.Failed() {
+			b := make([]byte, 1<<20)
+			t.Logf("goroutines before: %d, files: %d\nfiles now: %d, goroutines now: %d\n%s", goroutines, fds, countFDs(t), goruntime.NumGoroutine(), b[:goruntime.Stack(b, true)])
+		}
+	}()
 	until(t, "goroutines and files are back", func() bool {
 		return goruntime.NumGoroutine() <= goroutines && countFDs(t) <= fds || t.Context().Err() != nil
 	})
