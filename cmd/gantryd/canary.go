@@ -56,24 +56,37 @@ func checks(views view.Source, snapshotters map[string]snapshot.Store, manager *
 	return all
 }
 
-// tryMount makes a snapshot of nothing, writes into it where it is mounted, and
-// takes it away.
-func tryMount(ctx context.Context, s snapshot.Store, tmp string) (err error) {
-	if err := s.Remove(ctx, canaryName); err != nil && !errdefs.IsNotFound(err) { // of an earlier life
-		return err
+// tryMount writes into a snapshot of nothing where it is mounted. The snapshot
+// stays for the next time.
+func tryMount(ctx context.Context, s snapshot.Store, tmp string) error {
+	mounts, err := s.Mounts(ctx, canaryName)
+	if errdefs.IsNotFound(err) {
+		mounts, err = s.Prepare(ctx, canaryName, "", nil)
 	}
-	mounts, err := s.Prepare(ctx, canaryName, "", nil)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if rerr := s.Remove(context.WithoutCancel(ctx), canaryName); rerr != nil && !errdefs.IsNotFound(rerr) {
-			err = errors.Join(err, rerr)
-		}
-	}()
 	return mountx.WithTemp(ctx, tmp, mounts, func(root string) error {
 		return os.WriteFile(filepath.Join(root, "canary"), []byte("alive"), 0o600)
 	})
+}
+
+// buryCanaries removes the snapshots of tryMount.
+func buryCanaries(ctx context.Context, snapshotters map[string]snapshot.Store) error {
+	var errs []error
+	for name, s := range snapshotters {
+		err := s.Remove(ctx, canaryName)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if c, ok := s.(snapshot.Cleaner); ok && err == nil {
+			err = c.Cleanup(ctx)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("remove what readiness wrote to snapshotter %s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // debugHTTP serves readiness at an address, if there is one.

@@ -295,7 +295,7 @@ func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]s
 		{Name: "interrupted transfers", Run: func(ctx context.Context) error { return transfers.Run(ctx, db.Namespaces()) }},
 		{Name: "removal of ended containers", Run: autoremove.New(views, db.Namespaces(), bus, filepath.Join(cfg.Root, "io.gantry.logs"), log).Run},
 		{Name: "garbage collection", Run: collector.Run},
-		{Name: "readiness", Run: watch.Run},
+		{Name: "readiness", Run: watch.Run, Stop: func(ctx context.Context) error { return buryCanaries(ctx, snapshotters) }},
 		debugHTTP("metrics server", servers.Metrics.Address, func() (net.Listener, error) { return net.Listen("tcp", servers.Metrics.Address) }, watch),
 		debugHTTP("debug server", servers.Debug.Address, func() (net.Listener, error) {
 			return listenUnix(servers.Debug.Address, servers.Debug.UID, servers.Debug.GID)
