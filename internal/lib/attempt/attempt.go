@@ -130,6 +130,10 @@ func (g *Group[R]) join(ctx context.Context, name string, fn func(context.Contex
 		defer stop()
 		defer cancel(nil)
 		t.res, t.err = fn(own, &t.stage)
+		if t.err != nil && errors.Is(context.Cause(own), ErrAbandoned) {
+			// What ended it says only that its context did: who joined meanwhile begins anew.
+			t.err = fmt.Errorf("%w: %w", ErrAbandoned, t.err)
+		}
 		if t.err == nil && g.unwanted(own, t) {
 			g.discard(t.res)
 			var zero R

@@ -55,11 +55,22 @@ func TestAbandoned(t *testing.T) {
 	g := New[int](time.Minute, time.Millisecond, nil)
 	entered := make(chan struct{})
 	ended := make(chan error, 1)
+	back := make(chan error, 1)
 	fn := func(ctx context.Context, _ *Stage) (int, error) {
 		close(entered)
 		<-ctx.Done()
 		ended <- context.Cause(ctx)
-		return 0, context.Cause(ctx)
+		// Somebody asks again while it is being taken back, by code that knows of no causes.
+		go func() {
+			_, err := g.Do(t.Context(), "a", func(context.Context, *Stage) (int, error) { return 0, nil })
+			back <- err
+		}()
+		for joined := false; !joined; {
+			g.mu.Lock()
+			joined = g.all["a"].waiting > 0
+			g.mu.Unlock()
+		}
+		return 0, ctx.Err()
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { <-entered; cancel() }()
@@ -73,6 +84,9 @@ func TestAbandoned(t *testing.T) {
 		}
 	case <-time.After(10 * time.Second):
 		t.Fatal("it goes on")
+	}
+	if err := <-back; err != nil {
+		t.Errorf("who came back got %v", err)
 	}
 	if err := g.Wait(t.Context()); err != nil {
 		t.Error(err)

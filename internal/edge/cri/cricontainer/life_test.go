@@ -595,3 +595,30 @@ func TestPodStopsMeanwhile(t *testing.T) {
 	}
 	n.nothingLeft()
 }
+
+// However far a creation is when its caller goes away, a retry succeeds and
+// nothing is left.
+// promise: P5
+func TestCreateCancelledAnywhere(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{Volumes: map[string]struct{}{"/etc": {}}}, nil)
+	n.limits.Linger = time.Microsecond
+	n.boot()
+	c := app("a")
+	c.Mounts = []*runtime.Mount{{ContainerPath: "/img", Image: &runtime.ImageSpec{Image: "i"}}}
+	for i := range 40 {
+		ctx, cancel := context.WithCancel(t.Context())
+		timer := time.AfterFunc(time.Duration(i)*500*time.Microsecond, cancel)
+		_, _ = n.s.Create(ctx, n.podID, c, nil) // whether it was in time does not matter
+		timer.Stop()
+		cancel()
+		id := n.create(c)
+		if err := n.s.Remove(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		n.until("no attempt is under way", func() bool { return len(n.s.Stages()) == 0 })
+		n.nothingLeft()
+		if t.Failed() {
+			t.Fatalf("cancelled in round %d", i)
+		}
+	}
+}
