@@ -131,7 +131,19 @@ func (s *Service) start(ctx context.Context, c Container, cmd []string, st Strea
 			err = errors.Join(err, os.RemoveAll(x.dir))
 			return
 		}
-		x.after(func(ctx context.Context) { x.remove(s.end(ctx, x.id, exec, x.kin)) })
+		given := ctx.Err()
+		x.after(func(ctx context.Context) {
+			err := s.end(ctx, x.id, exec, x.kin)
+			if given != nil {
+				// A call that was given up may still have its effect.
+				select {
+				case <-time.After(time.Second):
+				case <-ctx.Done():
+				}
+				err = s.end(ctx, x.id, exec, x.kin)
+			}
+			x.remove(err)
+		})
 	}()
 	io := task.IO{Terminal: st.TTY}
 	var keep [3]*os.File // the other ends, until the shim has them
@@ -306,11 +318,13 @@ func (s *Service) end(ctx context.Context, id container.ID, exec task.ExecID, k 
 	// kills the one process; its relations are looked for.
 	k.stop()
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, time.Second) {
-		err := ignoreGone(s.d.Tasks.Kill(ctx, id, exec, uint32(unix.SIGKILL), true))
+		err := s.d.Tasks.Kill(ctx, id, exec, uint32(unix.SIGKILL), true)
 		k.kill()
 		if err == nil {
-			_, err = s.d.Tasks.Wait(ctx, id, exec)
-			err = ignoreGone(err)
+			// What is not found is not waited for: it may have been made after that.
+			short, cancel := context.WithTimeout(ctx, time.Second)
+			_, err = s.d.Tasks.Wait(short, id, exec)
+			cancel()
 		}
 		_, derr := s.d.Tasks.DeleteExec(ctx, id, exec)
 		if ignoreGone(derr) == nil {
