@@ -1,9 +1,6 @@
 package cristats
 
 import (
-	"fmt"
-	"os"
-	goruntime "runtime"
 	"strconv"
 	"strings"
 
@@ -11,6 +8,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/lib/ownthread"
 )
 
 const (
@@ -70,41 +68,13 @@ func (s *Service) interfaces(p *cristate.Pod, running []*cristate.Container) []i
 }
 
 // inside reads the interfaces of a network namespace in which no process is.
-// A thread goes in; if it cannot come back, it ends with its goroutine.
-func (t tree) inside(netns string) (string, error) {
-	type answer struct {
-		text string
-		err  error
-	}
-	ch := make(chan answer, 1)
-	go func() {
-		text, err := func() (string, error) {
-			there, err := unix.Open(netns, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-			if err != nil {
-				return "", &os.PathError{Op: "open", Path: netns, Err: err}
-			}
-			defer unix.Close(there)
-			goruntime.LockOSThread()
-			home, err := unix.Open(t.proc+"/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-			if err != nil {
-				goruntime.UnlockOSThread()
-				return "", &os.PathError{Op: "open", Path: t.proc + "/thread-self/ns/net", Err: err}
-			}
-			defer unix.Close(home)
-			if err := unix.Setns(there, unix.CLONE_NEWNET); err != nil {
-				goruntime.UnlockOSThread()
-				return "", fmt.Errorf("enter network namespace %s: %w", netns, err)
-			}
-			b, err := (&reader{}).read(t.proc + "/thread-self/net/dev")
-			if unix.Setns(home, unix.CLONE_NEWNET) == nil {
-				goruntime.UnlockOSThread()
-			}
-			return string(b), err
-		}()
-		ch <- answer{text, err}
-	}()
-	a := <-ch
-	return a.text, a.err
+func (t tree) inside(netns string) (text string, err error) {
+	err = ownthread.Inside(netns, unix.CLONE_NEWNET, func() error {
+		b, err := (&reader{}).read(t.proc + "/thread-self/net/dev")
+		text = string(b)
+		return err
+	})
+	return text, err
 }
 
 // parseInterfaces reads /proc/net/dev.

@@ -8,13 +8,13 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	goruntime "runtime"
 	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/internal/lib/ownthread"
 )
 
 const (
@@ -96,7 +96,7 @@ func dial(ctx context.Context, path, port string) (*net.TCPConn, error) {
 		if err == nil {
 			return conn.(*net.TCPConn), nil
 		}
-		if errors.Is(err, errNetNS) {
+		if enter := new(ownthread.EnterError); errors.As(err, &enter) {
 			return nil, err
 		}
 		all = append(all, err)
@@ -104,53 +104,11 @@ func dial(ctx context.Context, path, port string) (*net.TCPConn, error) {
 	return nil, fmt.Errorf("%w: %w", errors.Join(all...), errdefs.ErrUnavailable)
 }
 
-var errNetNS = errors.New("enter the network namespace")
-
-// inNetNS runs fn on a thread that is in the network namespace at path. The
-// thread is never used for anything else unless it is back where it was.
+// inNetNS runs fn on a thread that is in the network namespace at path, "" for
+// the daemon's.
 func inNetNS(path string, fn func() error) error {
 	if path == "" {
 		return fn()
 	}
-	ns, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("%w: %w", errNetNS, err)
-	}
-	defer ns.Close()
-	done := make(chan error, 1)
-	var inside func()
-	inside = func() {
-		goruntime.LockOSThread() // the thread ends with this goroutine if it is not unlocked
-		if unix.Gettid() == os.Getpid() {
-			// The first thread stands for the process in /proc. While it is
-			// held here, another goroutine gets another thread.
-			defer goruntime.UnlockOSThread()
-			other := make(chan struct{})
-			go func() {
-				defer close(other)
-				inside()
-			}()
-			<-other
-			return
-		}
-		own, err := os.Open("/proc/thread-self/ns/net")
-		if err != nil {
-			goruntime.UnlockOSThread()
-			done <- fmt.Errorf("%w: %w", errNetNS, err)
-			return
-		}
-		defer own.Close()
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			goruntime.UnlockOSThread()
-			done <- fmt.Errorf("%w %s: %w", errNetNS, path, err)
-			return
-		}
-		err = fn()
-		if unix.Setns(int(own.Fd()), unix.CLONE_NEWNET) == nil {
-			goruntime.UnlockOSThread()
-		}
-		done <- err
-	}
-	go inside()
-	return <-done
+	return ownthread.Inside(path, unix.CLONE_NEWNET, fn)
 }
