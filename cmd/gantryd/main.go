@@ -15,6 +15,7 @@ import (
 
 	ttrpclog "github.com/containerd/log"
 	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
 
 	"github.com/gantryd/gantry/internal/daemon/config"
 	"github.com/gantryd/gantry/internal/daemon/lifecycle"
@@ -141,8 +142,10 @@ func serve(ctx context.Context, f *flags) error {
 	for _, w := range warnings {
 		log.Warn(w.String())
 	}
-	// The ttrpc module has a logger of its own, which would write to standard error.
+	// The modules of ttrpc and of Kubernetes' streams have loggers of their own,
+	// which would write to standard error.
 	ttrpclog.L.Logger.SetOutput(debugWriter{log.With("source", "ttrpc")})
+	klog.SetSlogLogger(log.With("source", "k8s.io/streaming"))
 	dirs := lifecycle.Dirs{Root: cfg.Root, State: cfg.State, Temp: cfg.Temp}
 	if err := dirs.Prepare(); err != nil {
 		return err
