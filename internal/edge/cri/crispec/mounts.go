@@ -76,11 +76,11 @@ func (in ContainerInput) mounts() ([]oci.Option, error) {
 		mounts = append(mounts, m)
 	}
 	if !taken[devShm] {
-		shm := cmp.Or(in.PodShm, path.Join(in.PodDir, "shm"))
+		shm, flags := cmp.Or(in.PodShm, path.Join(in.PodDir, "shm")), []string{"rbind", "rprivate", "rw", "nosuid", "nodev", "noexec"} // a bind mount does not keep those of its source
 		if pod.ipc == runtime.NamespaceMode_NODE {
-			shm = devShm
+			shm, flags = devShm, flags[:3]
 		}
-		mounts = append(mounts, specs.Mount{Destination: devShm, Type: "bind", Source: shm, Options: []string{"rbind", "rprivate", "rw"}})
+		mounts = append(mounts, specs.Mount{Destination: devShm, Type: "bind", Source: shm, Options: flags})
 	}
 	// The kernel's file systems in /dev would be hidden by the host's, or hide it.
 	opts := []oci.Option{oci.WithoutMounts(devShm), oci.WithCgroupMount(), oci.WithMounts(mounts...)}
