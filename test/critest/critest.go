@@ -76,7 +76,8 @@ type Node struct {
 	Busybox, Pause string
 	// Handlers has crun if it is installed; runc and pauseless always.
 	Handlers []string
-	// Extra is put behind the configuration by Configure.
+	// Extra is put behind the configuration by Configure, with the node's
+	// directory for @DIR@.
 	Extra string
 	// CNI is the directory of network configurations, Bridge the interface
 	// that they make.
@@ -158,7 +159,7 @@ func (n *Node) Configure() error {
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun.options]
       BinaryName = 'crun'
 %[9]s
-`, n.Dir+"/nri.sock", n.Dir+"/nri", n.Dir+"/nri.d", n.Pause, n.Dir+"/certs.d", n.Dir+"/cdi", n.Dir+"/cnibin", n.CNI, n.Extra))
+`, n.Dir+"/nri.sock", n.Dir+"/nri", n.Dir+"/nri.d", n.Pause, n.Dir+"/certs.d", n.Dir+"/cdi", n.Dir+"/cnibin", n.CNI, strings.ReplaceAll(n.Extra, "@DIR@", n.Dir)))
 }
 
 // Conflist is the network: a bridge with addresses of both families, and port

@@ -20,6 +20,7 @@ import (
 	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/lib/nspin"
 )
 
 // atOnce is how many pods are looked at together.
@@ -173,8 +174,9 @@ func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duratio
 			s.Log.Warn("network of a pod", "pod", m.ID, "err", err)
 		}
 	}
+	disconnected := m.NetNSPath != "" && !nspin.Pinned(m.NetNSPath)
 	p.Change(func(m *cristate.PodMeta, now *cristate.PodStatus) {
-		now.State, now.ExitedAt = cristate.PodNotReady, st.ExitedAt
+		now.State, now.ExitedAt, now.Disconnected = cristate.PodNotReady, st.ExitedAt, disconnected
 		if ready {
 			now.State, now.Pid, now.Namespaces = cristate.PodReady, st.Pid, s.Dirs.joined(*m, st.Pid)
 		}

@@ -74,7 +74,11 @@ func (s *Service) stop(ctx context.Context, p *cristate.Pod) error {
 			s.Log.Warn("NRI: stop of a pod", "pod", m.ID, "err", err)
 		}
 	}
-	return s.disconnect(ctx, m)
+	if err := s.disconnect(ctx, m); err != nil {
+		return err
+	}
+	p.Change(func(_ *cristate.PodMeta, st *cristate.PodStatus) { st.Disconnected = m.NetNSPath != "" })
+	return nil
 }
 
 // stopGrace is what a sandbox's own process gets before it is killed.

@@ -67,10 +67,14 @@ func (s PodState) State() runtime.PodSandboxState {
 func (p *Pod) Answer() *runtime.PodSandboxStatus {
 	m, st := p.Meta(), p.Status()
 	out := &runtime.PodSandboxStatus{
-		Id: m.ID, Metadata: m.Config.GetMetadata(), State: st.State.State(), CreatedAt: st.CreatedAt.UnixNano(), Network: &runtime.PodSandboxNetworkStatus{Ip: m.IP},
+		Id: m.ID, Metadata: m.Config.GetMetadata(), State: st.State.State(), CreatedAt: st.CreatedAt.UnixNano(), Network: &runtime.PodSandboxNetworkStatus{},
 		Linux:  &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: m.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()}},
 		Labels: m.Config.GetLabels(), Annotations: m.Config.GetAnnotations(), RuntimeHandler: m.RuntimeHandler,
 	}
+	if st.Disconnected {
+		return out
+	}
+	out.Network.Ip = m.IP
 	for _, ip := range m.AdditionalIPs {
 		out.Network.AdditionalIps = append(out.Network.AdditionalIps, &runtime.PodIP{Ip: ip})
 	}

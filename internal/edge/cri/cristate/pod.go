@@ -62,6 +62,9 @@ type PodStatus struct {
 	// namespaces that its containers join: "network", "ipc", "uts", "pid", "user".
 	Sandboxer  string
 	Namespaces map[string]string
+	// Disconnected says that its network namespace is gone, and its addresses
+	// may be another pod's.
+	Disconnected bool
 }
 
 // Pod is a sandbox. Its values may be read at any time; configurations in
