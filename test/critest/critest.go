@@ -98,6 +98,9 @@ func NewNode(bin, extra string) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := os.Chmod(d.Dir, 0o711); err != nil { // as /run and /var/lib are: user namespaces go through it
+		return nil, err
+	}
 	d.CRI = true
 	n := &Node{Daemon: d, Extra: extra, CNI: d.Dir + "/cni", Bridge: fmt.Sprintf("gt%08x", uint32(time.Now().UnixNano()))}
 	n.Registry = testimage.NewRegistry()
