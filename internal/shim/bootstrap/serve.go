@@ -115,7 +115,8 @@ func serve(b Build, a Args) error {
 
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
-	signal.Ignore(unix.SIGHUP, unix.SIGPIPE)
+	// Caught, not ignored: what is ignored stays so in containers.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGPIPE)
 	go func() {
 		for range signals {
 			// Containers outlive whoever stops the daemon's service group.

@@ -149,7 +149,7 @@ type info struct {
 	SnapshotKey    string                   `json:"snapshotKey"`
 	Snapshotter    string                   `json:"snapshotter"`
 	RuntimeType    string                   `json:"runtimeType"`
-	RuntimeOptions *typed.Any               `json:"runtimeOptions,omitempty"`
+	RuntimeOptions *typed.Any               `json:"runtimeOptions"`
 	Config         *runtime.ContainerConfig `json:"config"`
 	RuntimeSpec    *specs.Spec              `json:"runtimeSpec"`
 }

@@ -3,9 +3,11 @@ package cristate
 import (
 	"cmp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -116,12 +118,28 @@ func signalOf(m ContainerMeta) runtime.Signal {
 	if s := m.Config.GetStopSignal(); s != 0 {
 		return s
 	}
-	name := cmp.Or(m.StopSignal, "SIGTERM")
-	if !strings.HasPrefix(name, "SIG") {
-		name = "SIG" + name
+	name := strings.TrimPrefix(strings.ToUpper(m.StopSignal), "SIG")
+	switch n, err := strconv.Atoi(name); {
+	case err != nil:
+	case n < rtMin:
+		name = strings.TrimPrefix(unix.SignalName(unix.Signal(n)), "SIG")
+	case n == rtMin:
+		name = "RTMIN"
+	case n <= rtMin+15:
+		name = "RTMIN+" + strconv.Itoa(n-rtMin)
+	case n < rtMax:
+		name = "RTMAX-" + strconv.Itoa(rtMax-n)
+	default:
+		name = "RTMAX"
 	}
-	return runtime.Signal(runtime.Signal_value["SIGNAL_"+name])
+	if s, ok := runtime.Signal_value["SIGNAL_SIG"+strings.NewReplacer("+", "PLUS", "-", "MINUS").Replace(name)]; ok {
+		return runtime.Signal(s)
+	}
+	return runtime.Signal_SIGNAL_SIGTERM // which is what a stop sends then
 }
+
+// The real-time signals as programs see them.
+const rtMin, rtMax = 34, 64
 
 // Item is the container as lists show it.
 func (c *Container) Item(image ImageNames) *runtime.Container {
