@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -77,7 +78,7 @@ type Node struct {
 	// Handlers has crun if it is installed; runc and pauseless always.
 	Handlers []string
 	// Extra is put behind the configuration by Configure, with the node's
-	// directory for @DIR@.
+	// directory for @DIR@; what comes before its first table is of the runtime's.
 	Extra string
 	// CNI is the directory of network configurations, Bridge the interface
 	// that they make.
@@ -134,6 +135,11 @@ func (n *Node) Configure() error {
 	if err := os.WriteFile(n.CNI+"/10-test.conflist", n.Conflist(), 0o644); err != nil {
 		return err
 	}
+	extra := strings.ReplaceAll(n.Extra, "@DIR@", n.Dir)
+	tables := len(extra)
+	if first := regexp.MustCompile(`(?m)^\s*\[`).FindStringIndex(extra); first != nil {
+		tables = first[0]
+	}
 	return n.Daemon.Configure(4, fmt.Sprintf(`
 [plugins.'io.containerd.nri.v1.nri']
   socket_path = %[1]q
@@ -147,6 +153,7 @@ func (n *Node) Configure() error {
 [plugins.'io.containerd.cri.v1.runtime']
   netns_mounts_under_state_dir = true
   cdi_spec_dirs = [%[6]q]
+%[10]s
   [plugins.'io.containerd.cri.v1.runtime'.cni]
     bin_dirs = ['/usr/lib/cni', %[7]q]
     conf_dir = %[8]q
@@ -162,7 +169,7 @@ func (n *Node) Configure() error {
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun.options]
       BinaryName = 'crun'
 %[9]s
-`, n.Dir+"/nri.sock", n.Dir+"/nri", n.Dir+"/nri.d", n.Pause, n.Dir+"/certs.d", n.Dir+"/cdi", n.Dir+"/cnibin", n.CNI, strings.ReplaceAll(n.Extra, "@DIR@", n.Dir)))
+`, n.Dir+"/nri.sock", n.Dir+"/nri", n.Dir+"/nri.d", n.Pause, n.Dir+"/certs.d", n.Dir+"/cdi", n.Dir+"/cnibin", n.CNI, extra[tables:], extra[:tables]))
 }
 
 // Conflist is the network: a bridge with addresses of both families, and port
