@@ -12,6 +12,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -58,8 +59,12 @@ const LockName = "gantry.lock"
 // back when the process ends, however it ends.
 type Lock struct{ f *os.File }
 
+// orphaned is how long a lock is waited for whose owner is dead: a process that
+// it was just starting when it was killed has the file until its exec.
+const orphaned = 5 * time.Second
+
 // LockRoot takes the root directory. If another process has it the error is
-// ErrUnavailable and names that process and the directory. It never waits.
+// ErrUnavailable and names that process and the directory; it is not waited for.
 // The file holds the owner's pid and stays when the lock is released.
 func LockRoot(root string) (*Lock, error) {
 	path := filepath.Join(root, LockName)
@@ -67,17 +72,25 @@ func LockRoot(root string) (*Lock, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock root %s: %w", root, err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer f.Close()
+	for deadline := time.Now().Add(orphaned); ; time.Sleep(2 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			break
+		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
 			return nil, fmt.Errorf("lock root %s: %w", root, err)
 		}
 		owner := "another process"
 		text := make([]byte, 32)
 		n, _ := f.ReadAt(text, 0)
 		if pid, err := strconv.Atoi(strings.TrimSpace(string(text[:n]))); err == nil && pid > 0 {
+			if unix.Kill(pid, 0) == unix.ESRCH && time.Now().Before(deadline) {
+				continue
+			}
 			owner = fmt.Sprintf("process %d", pid)
 		}
+		f.Close()
 		return nil, fmt.Errorf("lock root %s: it is in use by %s; stop that daemon or choose another --root: %w", root, owner, errdefs.ErrUnavailable)
 	}
 	if err := f.Truncate(0); err != nil {

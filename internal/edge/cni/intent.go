@@ -110,7 +110,8 @@ func (s store) remove(id, state string) error {
 	return nil
 }
 
-// load reads all. A file that cannot be read is reported and left.
+// load reads all. A file that cannot be read is reported and left. No plugin
+// has run for one that a crash left unfinished.
 func (s store) load(report func(error)) (map[string]*held, error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, err
@@ -121,6 +122,12 @@ func (s store) load(report func(error)) (map[string]*held, error) {
 	}
 	all := map[string]*held{}
 	for _, e := range entries {
+		if atomicfile.Unfinished(e.Name()) {
+			if err := os.Remove(filepath.Join(s.dir, e.Name())); err != nil {
+				report(err)
+			}
+			continue
+		}
 		state := filepath.Ext(e.Name())
 		if state != stateAdding && state != stateAdded && state != stateDeleting {
 			continue

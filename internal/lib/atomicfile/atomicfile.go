@@ -14,8 +14,12 @@ import (
 )
 
 // suffix marks the file that has not got its name yet. One is left over by a
-// crash at most and the next Write replaces it.
+// crash at most and the next Write of that name replaces it.
 const suffix = ".gantry-new"
+
+// Unfinished says whether a file of this name is what a crash left of a Write.
+// Where names are not used again its owner has to remove it.
+func Unfinished(name string) bool { return strings.HasSuffix(name, suffix) }
 
 // Write replaces the file at path with data, durably. Concurrent calls for one
 // path must be kept apart by the caller.

@@ -32,7 +32,7 @@ func empty() *emptypb.Empty { return &emptypb.Empty{} }
 
 // State describes a process.
 func (s *Service) State(ctx context.Context, r *taskapi.StateRequest) (*taskapi.StateResponse, error) {
-	p, err := s.findProcess(r.ID, r.ExecID)
+	p, err := s.settled(ctx, r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
 	}
@@ -71,7 +71,7 @@ func (s *Service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.Wa
 
 // Kill sends a signal to a process, or to all of the container.
 func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyResponse, err error) {
-	p, err := s.findProcess(r.ID, r.ExecID)
+	p, err := s.settled(ctx, r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
 	}

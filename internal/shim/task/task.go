@@ -101,6 +101,7 @@ type container struct {
 	id, bundle string
 	op         chan struct{} // held by the one call that changes the container
 	ready      bool          // Create is done
+	born       chan struct{} // closed when Create has ended, one way or the other
 
 	driver     driver.Driver
 	create     driver.Create
@@ -182,6 +183,23 @@ func (s *Service) findProcess(id, execID string) (*process, error) {
 	return p, nil
 }
 
+// settled is findProcess after a Create of the container that is under way. A
+// daemon that was killed in it comes back to take away what it asked for, and
+// must not be told that there is nothing.
+func (s *Service) settled(ctx context.Context, id, execID string) (*process, error) {
+	s.mu.Lock()
+	c := s.containers[id]
+	s.mu.Unlock()
+	if c != nil {
+		select {
+		case <-c.born:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("container %s is being created: %w", id, context.Cause(ctx))
+		}
+	}
+	return s.findProcess(id, execID)
+}
+
 // lock makes the caller the only one that changes c.
 func (c *container) lock(ctx context.Context) (unlock func(), err error) {
 	select {
@@ -234,7 +252,7 @@ func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	// Who asks for a terminal has to read one.
 	spec.Process.Terminal = r.Terminal
 	c := &container{
-		id: r.ID, bundle: r.Bundle, op: make(chan struct{}, 1), execs: map[string]*process{},
+		id: r.ID, bundle: r.Bundle, op: make(chan struct{}, 1), born: make(chan struct{}), execs: map[string]*process{},
 		privatePid: privatePid(spec),
 		create: driver.Create{
 			ID: r.ID, Bundle: r.Bundle, Spec: spec, Restore: r.Checkpoint, WorkPath: opts.CriuWorkPath,
@@ -263,6 +281,7 @@ func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			delete(s.containers, r.ID)
 			s.mu.Unlock()
 		}
+		close(c.born)
 	}()
 
 	if err := SaveOptions(r.Bundle, opts); err != nil {
@@ -664,7 +683,7 @@ func (s *Service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (_ *e
 // Delete removes a stopped process, or a container whose first process has
 // stopped or was never started, with its cgroup and mounts.
 func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (_ *taskapi.DeleteResponse, err error) {
-	p, err := s.findProcess(r.ID, r.ExecID)
+	p, err := s.settled(ctx, r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
 	}

@@ -171,8 +171,19 @@ func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit
 			return
 		}
 	}
-	if st := c.Status(); st.FinishedAt != 0 || st.StartedAt == 0 {
+	st := c.Status()
+	if st.FinishedAt != 0 || st.StartedAt == 0 {
 		return // known, or that of a task that was taken back
+	}
+	if st.Pid != 0 && x.Pid != st.Pid {
+		// Of a task that an interrupted start left, and which was taken back
+		// while the next start was under way, unless nobody knows the pid.
+		few, cancel := context.WithTimeout(ctx, s.Limits.Kill)
+		p, err := s.tasks().Get(few, container.ID(id), "")
+		cancel()
+		if err == nil && p.Status != task.StatusStopped || x.Pid != 0 && !errdefs.IsNotFound(err) {
+			return
+		}
 	}
 	if err := writeExit(s.dir(id), x); err != nil {
 		s.Log.Error("keep the exit of a container", "container", id, "error", err)

@@ -26,8 +26,15 @@ import (
 // atOnce is how many pods are looked at together.
 const atOnce = 32
 
-// recoverLimit is how long Recover waits for one pod; Serve goes on with it.
-const recoverLimit = 5 * time.Second
+// recoverLimit is how long a pod has to say how it is before clients are told
+// that it is not ready; Serve goes on with it. Recover itself waits less, so
+// that clients are answered (promise P12): for pods that are recovering, and for
+// what is left of others to be gone.
+const (
+	recoverLimit   = 5 * time.Second
+	recoverWait    = 300 * time.Millisecond
+	recoverCleanup = 2 * time.Second
+)
 
 func (s *Service) isHalf(id string) bool {
 	s.mu.Lock()
@@ -102,17 +109,50 @@ func (s *Service) Recover(ctx context.Context) error {
 		s.keepHalf(p)
 	}
 	s.sweep(known)
-	var g errgroup.Group
-	g.SetLimit(atOnce)
-	for _, p := range whole {
-		g.Go(func() error { s.adopt(ctx, p, recoverLimit); return nil })
+	asked := s.each(whole, func(p *cristate.Pod) {
+		ctx, cancel := context.WithTimeout(s.life, recoverLimit)
+		defer cancel()
+		unlock, err := s.Pods.Lock(ctx, p.ID())
+		if err != nil {
+			s.unsure(p, err) // a client was faster, and is still at it
+			return
+		}
+		defer unlock()
+		if p.Status().State == cristate.PodRecovering {
+			s.adopt(ctx, p, recoverLimit)
+		}
+	})
+	gone := s.each(half, func(p *cristate.Pod) { _ = s.finish(s.life, p, undoLimit) }) // is logged
+	for _, w := range []struct {
+		done  <-chan struct{}
+		limit time.Duration
+	}{{asked, recoverWait}, {gone, recoverCleanup}} {
+		limit := time.NewTimer(w.limit)
+		select {
+		case <-w.done:
+		case <-limit.C:
+		case <-ctx.Done():
+		}
+		limit.Stop()
 	}
-	for _, p := range half {
-		g.Go(func() error { return s.finish(ctx, p, recoverLimit) })
-	}
-	_ = g.Wait() // each is logged
 	s.Network.Reclaim(func(id string) bool { return alone[id] || s.isKnown(id) })
 	return nil
+}
+
+// each calls fn for pods, several at once, until the service is closed. What it
+// returns is closed when all calls have returned.
+func (s *Service) each(pods []*cristate.Pod, fn func(*cristate.Pod)) <-chan struct{} {
+	done := make(chan struct{})
+	s.wg.Go(func() {
+		defer close(done)
+		var g errgroup.Group
+		g.SetLimit(atOnce)
+		for _, p := range pods {
+			g.Go(func() error { fn(p); return nil })
+		}
+		_ = g.Wait() // of calls that have no error
+	})
+	return done
 }
 
 // older are records made of the containers of pods that have none: those of
@@ -137,7 +177,7 @@ func (s *Service) isKnown(id string) bool {
 
 // restored is the status that a record tells; the rest is asked for.
 func restored(r sandbox.Sandbox) cristate.PodStatus {
-	st := cristate.PodStatus{Sandboxer: r.Sandboxer, CreatedAt: r.CreatedAt}
+	st := cristate.PodStatus{State: cristate.PodRecovering, Sandboxer: r.Sandboxer, CreatedAt: r.CreatedAt}
 	if st.Sandboxer == "" {
 		st.Sandboxer = cristate.SandboxerPodSandbox
 	}
@@ -158,11 +198,7 @@ func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duratio
 	}
 	st, err := s.ask(ctx, p)
 	if err != nil {
-		s.Log.Warn("state of a pod is not known", "pod", m.ID, "err", err)
-		s.mu.Lock()
-		s.unknown[m.ID] = p
-		s.mu.Unlock()
-		s.wake()
+		s.unsure(p, err)
 		return
 	}
 	s.mu.Lock()
@@ -187,6 +223,23 @@ func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duratio
 	if ready {
 		s.watch(m.ID)
 	}
+}
+
+// unsure has Serve find out what state a pod is in, unless that is known now.
+func (s *Service) unsure(p *cristate.Pod, why error) {
+	m, st := p.Change(func(_ *cristate.PodMeta, st *cristate.PodStatus) {
+		if st.State == cristate.PodRecovering {
+			st.State = cristate.PodUnknown
+		}
+	})
+	s.Log.Warn("state of a pod is not known", "pod", m.ID, "err", why)
+	if st.State != cristate.PodUnknown {
+		return
+	}
+	s.mu.Lock()
+	s.unknown[m.ID] = p
+	s.mu.Unlock()
+	s.wake()
 }
 
 // ask asks the controller; a pod that it does not know has ended.

@@ -59,7 +59,7 @@ func (n *Notifier) Statuses(podID string) []*runtime.ContainerStatus {
 
 // State is what clients see: a pod is ready, or it is not.
 func (s PodState) State() runtime.PodSandboxState {
-	if s == PodReady {
+	if s == PodReady || s == PodRecovering {
 		return runtime.PodSandboxState_SANDBOX_READY
 	}
 	return runtime.PodSandboxState_SANDBOX_NOTREADY

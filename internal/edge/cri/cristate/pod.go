@@ -47,6 +47,9 @@ const (
 	PodUnknown PodState = iota
 	PodReady
 	PodNotReady
+	// PodRecovering is a pod that is being asked how it is, after a start of the
+	// daemon. Clients see it as it was: the kubelet replaces one that is not ready.
+	PodRecovering
 )
 
 // PodStatus is what changes of a pod and is found again at start.
