@@ -21,7 +21,9 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/test/daemontest"
@@ -193,12 +195,25 @@ func (n *Node) Addresses() []string {
 	return all
 }
 
-// Start starts the daemon and connects to it.
+// Start starts the daemon, connects to it and waits until it knows its pods.
 func (n *Node) Start(env ...string) error {
-	if err := n.Daemon.Start(env...); err != nil {
-		return err
+	err := n.Daemon.Start(env...)
+	if err == nil {
+		err = n.Connect()
 	}
-	return n.Connect()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for err == nil {
+		if _, err = n.RT.Version(ctx, &runtime.VersionRequest{}); status.Code(err) != codes.Unavailable {
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+			err = nil
+		case <-ctx.Done():
+		}
+	}
+	return err
 }
 
 // Connect opens the CRI's clients, which reconnect by themselves.
