@@ -99,12 +99,14 @@ func (s *Service) apply(ctx context.Context, pod *cristate.Pod, c *cristate.Cont
 	if err != nil {
 		return err
 	}
-	now, err := crispec.Update(was, res, s.Config, s.Host(ctx, name, handler), s.Log)
+	host := s.Host(ctx, name, handler)
+	now, err := crispec.Update(was, res, s.Config, host, s.Log)
 	if err != nil {
 		return err
 	}
 	created := c.Status().StartedAt == 0
-	if adj := int(res.GetOomScoreAdj()); created && adj != 0 && now.Process != nil {
+	if asked := res.GetOomScoreAdj(); created && asked != 0 && now.Process != nil {
+		adj := crispec.OOMScore(asked, s.Config, host)
 		now.Process.OOMScoreAdj = &adj // of a process that runs it is its own affair
 	}
 	if rec.Spec, err = encode(specURL, now); err != nil {
@@ -114,7 +116,14 @@ func (s *Service) apply(ctx context.Context, pod *cristate.Pod, c *cristate.Cont
 		return err
 	}
 	if !created {
-		err = s.set(ctx, rec.ID, now, annotations)
+		// A runtime that fails may have set some of it.
+		if err = s.set(ctx, rec.ID, now, annotations); err != nil && was.Linux != nil && was.Linux.Resources != nil {
+			back, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+			defer cancel()
+			if berr := s.set(back, rec.ID, was, nil); berr != nil {
+				s.Log.Warn("set the former resources again", "container", rec.ID, "error", berr)
+			}
+		}
 	}
 	if err == nil {
 		err = c.Change(func(st *cristate.Status) error { st.Resources = crispec.Resources(now); return nil })

@@ -25,6 +25,13 @@ func clampOOM(adj int, cfg cristate.RuntimeConfig, h Host) int {
 	return adj
 }
 
+// OOMScore is the adjustment that a container gets when adj is asked for: no
+// lower than the daemon's own where that cannot, or shall not, be. One that no
+// process can have stays so.
+func OOMScore(adj int64, cfg cristate.RuntimeConfig, h Host) int {
+	return clampOOM(int(max(min(adj, 1001), -1001)), cfg, h)
+}
+
 // limits are the resources of the request and the classes that annotations name.
 func (in ContainerInput) limits() (oci.Option, error) {
 	res := in.Config.GetLinux().GetResources()
