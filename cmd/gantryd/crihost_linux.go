@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sys/unix"
@@ -27,6 +28,7 @@ import (
 type criHost struct {
 	config  cristate.RuntimeConfig
 	manager *shimclient.Manager
+	armor   appArmor
 	log     *slog.Logger
 
 	mu       sync.Mutex // guards runtimes; nothing is asked under it
@@ -35,19 +37,25 @@ type criHost struct {
 
 // facts are those of now: devices come and go.
 func (h *criHost) facts(ctx context.Context, _ string, rt cristate.Runtime) crispec.Host {
-	base, err := client.HostFacts(true)
+	base, err := client.HostFacts(false)
 	if err != nil {
 		h.log.Warn("some facts of the host are not known", "error", err)
 	}
 	out := crispec.Host{HostFacts: base, SELinux: h.config.EnableSELinux && selinux.GetEnabled()}
+	out.AllDevices = func() ([]specs.LinuxDevice, error) {
+		f, err := client.HostFacts(true)
+		return f.Devices, err
+	}
 	out.SystemdCgroup = rt.SystemdCgroup()
 	out.Controllers = cgroupControllers(base.CgroupV2)
 	out.Swap = swapController(base.CgroupV2)
 	out.HugeTLB = slices.Contains(out.Controllers, "hugetlb")
 	out.Hostname, _ = os.Hostname() // unknown is ""
-	if b, err := os.ReadFile("/sys/module/apparmor/parameters/enabled"); err == nil && strings.HasPrefix(string(b), "Y") && !h.config.DisableAppArmor {
-		out.AppArmorLoaded = appArmorLoaded
-		out.AppArmor = crispec.AppArmorDefault
+	if !h.config.DisableAppArmor {
+		usable, err := h.armor.ready(ctx, h.log)
+		if usable {
+			out.AppArmor, out.AppArmorLoaded, out.AppArmorMissing = crispec.AppArmorDefault, appArmorLoaded, err
+		}
 	}
 	out.OOMScoreAdj, out.OOMScoreLowerable = oomScore()
 	f := h.features(ctx, rt)
@@ -148,20 +156,6 @@ func swapController(v2 bool) bool {
 	}
 	found, err := filepath.Glob("/sys/fs/cgroup/*/memory.swap.max")
 	return err == nil && len(found) > 0
-}
-
-// appArmorLoaded says that the kernel has a profile.
-func appArmorLoaded(profile string) bool {
-	b, err := os.ReadFile("/sys/kernel/security/apparmor/profiles")
-	if err != nil {
-		return false
-	}
-	for line := range strings.Lines(string(b)) {
-		if strings.HasPrefix(line, profile+" (") {
-			return true
-		}
-	}
-	return false
 }
 
 // oomScore is the daemon's own, and whether it may give lower ones.

@@ -33,6 +33,12 @@ type Host struct {
 	// is the default profile that is loaded, "" if the host has no AppArmor or
 	// it is disabled; Hosts and ResolvConf are not used.
 	oci.HostFacts
+	// AllDevices is asked for Devices when a privileged container needs them:
+	// some hosts have thousands. nil if Devices has them.
+	AllDevices func() ([]specs.LinuxDevice, error)
+	// AppArmorMissing is why the default profile could not be loaded: who needs
+	// it is refused.
+	AppArmorMissing error
 	// Hostname is the host's.
 	Hostname string
 	// AppArmorLoaded tells whether a profile is loaded; nil knows of none to miss.
@@ -345,6 +351,12 @@ func (in ContainerInput) devices() ([]oci.Option, error) {
 		return opts, nil
 	}
 	hosts := !in.Runtime.PrivilegedWithoutHostDevices
+	if hosts && in.Host.AllDevices != nil {
+		var err error
+		if in.Host.Devices, err = in.Host.AllDevices(); err != nil {
+			return nil, fmt.Errorf("devices of the host: %w", err)
+		}
+	}
 	return append(opts, oci.WithSpec(func(s *specs.Spec) error {
 		if hosts {
 			for _, d := range in.Host.Devices {

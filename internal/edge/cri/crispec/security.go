@@ -215,7 +215,7 @@ func appArmorOf(p profiles, h Host) (string, error) {
 		if p.privileged {
 			return "", nil
 		}
-		return h.AppArmor, nil
+		return h.AppArmor, h.AppArmorMissing
 	case sp.GetProfileType() == runtime.SecurityProfile_Unconfined:
 		return "", nil
 	}
