@@ -382,7 +382,7 @@ func openStreams(ctx context.Context, d criDeps, config cristate.RuntimeConfig, 
 			if err != nil {
 				return cristream.Container{}, err
 			}
-			out.StdinPath, out.LogPath = files.Stdin, files.Log
+			out.StdinPath, out.LogPath, out.InputEnds = files.Stdin, files.Log, func() { service.EndInput(rec.ID) }
 			return out, nil
 		},
 		Pod: func(_ context.Context, id string) (cristream.Pod, error) {

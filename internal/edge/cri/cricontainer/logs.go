@@ -203,6 +203,7 @@ type copier struct {
 	log   *criLog
 	ends  []*os.File // the reading ends
 	hold  []*os.File // writing ends, which keep the others from ending before the process is there
+	stdin *os.File   // both ends of the input, one of hold
 	done  sync.WaitGroup
 	close sync.Once
 }
@@ -257,7 +258,7 @@ func (s *Service) startCopy(pod *cristate.Pod, c *cristate.Container) (err error
 		if oerr != nil {
 			return oerr
 		}
-		cp.hold = append(cp.hold, f)
+		cp.hold, cp.stdin = append(cp.hold, f), f
 	}
 	for i, f := range cp.ends {
 		cp.done.Go(func() { l.copy(names[i], f) })
@@ -270,6 +271,15 @@ func (s *Service) startCopy(pod *cristate.Pod, c *cristate.Container) (err error
 		old.end()
 	}
 	return nil
+}
+
+// EndInput lets go of a container's input, so that it ends with its last writer.
+func (s *Service) EndInput(id container.ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if cp := s.copies[string(id)]; cp != nil && cp.stdin != nil {
+		cp.stdin.Close()
+	}
 }
 
 // drain bounds how long the output of an ended container is read that some

@@ -451,7 +451,7 @@ func (s *Server) ExecSync(ctx context.Context, r *runtime.ExecSyncRequest) (*run
 	if err != nil {
 		return nil, err
 	}
-	return &runtime.ExecSyncResponse{Stdout: res.Stdout, Stderr: res.Stderr, ExitCode: res.ExitCode}, nil
+	return s.fitOutput(&runtime.ExecSyncResponse{Stdout: res.Stdout, Stderr: res.Stderr, ExitCode: res.ExitCode}), nil
 }
 
 // running finds a container that runs.

@@ -14,6 +14,9 @@ const (
 	// fits is how much a classic list may hold: a message has 16 MiB at most.
 	// What is over are the oldest, left out rather than failing the node (promise P23).
 	fits = 15 << 20
+	// fitsOutput is how much of a command's output an answer holds, in bytes: the
+	// kubelet takes messages of 16 MiB.
+	fitsOutput = 16<<20 - 1024
 	// chunk is about how much one message of a stream holds, in bytes.
 	chunk = 1 << 20
 )
@@ -28,6 +31,19 @@ func fit[T proto.Message](s *Server, what string, items []T) []T {
 		}
 	}
 	return items
+}
+
+// fitOutput cuts what a command printed to what an answer can hold: what is
+// over of the one stream may be used by the other.
+func (s *Server) fitOutput(r *runtime.ExecSyncResponse) *runtime.ExecSyncResponse {
+	out, errs := len(r.Stdout), len(r.Stderr)
+	if out+errs > fitsOutput {
+		errs = min(errs, max(fitsOutput/2, fitsOutput-out))
+		out = min(out, fitsOutput-errs)
+		s.d.Log.Warn("the output of a command is cut: it does not fit into one message", "left out", len(r.Stdout)-out+len(r.Stderr)-errs)
+		r.Stdout, r.Stderr = r.Stdout[:out], r.Stderr[:errs]
+	}
+	return r
 }
 
 // stream sends items in chunks; each is in exactly one. Nothing is sent for none.

@@ -70,6 +70,9 @@ func (s *Service) attach(ctx context.Context, c Container, st Streams) error {
 			_, err := io.Copy(waking{in, wake}, st.Stdin)
 			in.Close()
 			if c.StdinOnce && !c.TTY {
+				if c.InputEnds != nil {
+					c.InputEnds()
+				}
 				call, done := context.WithTimeout(context.WithoutCancel(ctx), cleanWithin)
 				defer done()
 				if err := s.d.Tasks.CloseStdin(call, c.ID, ""); ignoreGone(err) != nil {

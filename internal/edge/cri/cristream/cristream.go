@@ -50,6 +50,9 @@ type Container struct {
 	TTY, Stdin, StdinOnce bool
 	// StdinPath is the FIFO of its input, "" if it has none.
 	StdinPath string
+	// InputEnds, unless nil, is called before a container with StdinOnce is told
+	// that its input has ended.
+	InputEnds func()
 	// LogPath is the file that its shim writes in Kubernetes' format, "" if
 	// there is none. Follow, unless nil, is asked for the output instead, for
 	// a shim that writes no such file: it copies what comes from now on until
