@@ -69,6 +69,9 @@ func Dial(address string) (*Client, error) {
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
+// Conn is the connection, for services that are no noun of ours, such as the CRI.
+func (c *Client) Conn() grpc.ClientConnInterface { return c.conn }
+
 // Address is the path of the socket.
 func (c *Client) Address() string { return c.address }
 

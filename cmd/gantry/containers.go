@@ -28,7 +28,7 @@ import (
 func (a *app) addCommands(root *cobra.Command) {
 	root.AddCommand(
 		a.runCommand(), a.createCommand(), a.startCommand(), a.stopCommand(), a.killCommand(), a.pauseCommand(), a.unpauseCommand(),
-		a.rmCommand(), a.psCommand(), a.logsCommand(), a.execCommand(), a.attachCommand(), a.statsCommand(), a.inspectCommand(), a.waitCommand(),
+		a.rmCommand(), a.psCommand(), a.logsCommand(), a.execCommand(), a.attachCommand(), a.statsCommand(), a.inspectCommand(), a.waitCommand(), a.podCommand(),
 		a.pullCommand(), a.pushCommand(), a.imagesCommand(), a.rmiCommand(), a.tagCommand(), a.saveCommand(), a.loadCommand(),
 		a.eventsCommand(), a.infoCommand(), a.versionCommand(), a.demoCommand(),
 		a.contentCommand(), a.snapshotCommand(), a.leaseCommand(), a.namespaceCommand(), a.pluginCommand(), a.taskCommand(),
@@ -47,6 +47,9 @@ const (
 // unique. It says where the container is if another namespace has it, and
 // which one may have been meant.
 func (a *app) find(ctx context.Context, v view.View, ref string) (container.Container, error) {
+	if c, ok, err := findKubernetes(ctx, v, ref); ok || err != nil {
+		return c, err
+	}
 	c, err := v.Containers().Get(ctx, container.ID(ref))
 	if err == nil || !errdefs.IsNotFound(err) {
 		return c, err
@@ -66,8 +69,11 @@ func (a *app) find(ctx context.Context, v view.View, ref string) (container.Cont
 		return c, fmt.Errorf("container %q: several ids begin like that: %s and %s: %w", ref, found[0].ID, found[1].ID, errdefs.ErrInvalidArgument)
 	}
 	err = a.missing(ctx, err, func(other view.View) error {
-		_, err := other.Containers().Get(ctx, container.ID(ref))
-		return err
+		var found error = errdefs.ErrNotFound
+		if err := other.Containers().Walk(ctx, func(container.Container) error { found = nil; return nil }, "id~=|^"+regexp.QuoteMeta(ref)+"|"); err != nil {
+			return err
+		}
+		return found
 	})
 	var h *hinted
 	if errors.As(err, &h) {
@@ -478,6 +484,8 @@ type containerRow struct {
 	Runtime   string            `json:"runtime"`
 	Labels    map[string]string `json:"labels,omitempty"`
 	CreatedAt time.Time         `json:"created_at"`
+	// Kubernetes is set if a kubelet made it.
+	Kubernetes *kubernetesName `json:"kubernetes,omitempty"`
 }
 
 // statusText is what the table says.
@@ -497,7 +505,7 @@ func (a *app) psCommand() *cobra.Command {
 	var filters []string
 	cmd := &cobra.Command{
 		Use: "ps", Short: "List containers", Aliases: []string{"container-ls"}, GroupID: "run", Args: cobra.NoArgs,
-		Long:    "Lists the containers that run, or all with -a.\n\nA filter is status=running|paused|created|exited, id=PREFIX, image=NAME, label=KEY[=VALUE],\nor what the API understands: 'labels.\"KEY\"==VALUE', 'id~=REGEX'. All of them must match.",
+		Long:    "Lists the containers that run, or all with -a, Kubernetes' pause containers too.\n\nA filter is status=running|paused|created|exited, id=PREFIX, image=NAME, label=KEY[=VALUE],\nor what the API understands: 'labels.\"KEY\"==VALUE', 'id~=REGEX'. All of them must match.",
 		Example: "  gantry ps -a\n  gantry ps --filter status=exited -q\n  gantry ps -A -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
@@ -512,12 +520,16 @@ func (a *app) psCommand() *cobra.Command {
 			list := []containerRow{}
 			for _, v := range vs {
 				some, err := a.containers(ctx, v, match)
+				if err == nil && (all || len(statuses) > 0) {
+					err = a.kubernetesEnds(ctx, some)
+				}
 				if err != nil {
 					return err
 				}
 				for _, r := range some {
 					state, _, _ := strings.Cut(r.Status, " ")
 					switch {
+					case !all && len(filters) == 0 && r.Kubernetes != nil && r.Kubernetes.Pause: // it is the pod, see gantry pod ls
 					case len(statuses) > 0 && !slices.Contains(statuses, state):
 					case len(statuses) == 0 && !all && state != "running" && state != "paused" && state != "pausing" && state != "unknown":
 					default:
@@ -532,20 +544,30 @@ func (a *app) psCommand() *cobra.Command {
 				return nil
 			}
 			var rows [][]string
+			kube := slices.ContainsFunc(list, func(r containerRow) bool { return r.Kubernetes != nil })
 			for _, r := range list {
-				command := strings.Join(r.Command, " ")
+				command, id := strings.Join(r.Command, " "), string(r.ID)
 				if !noTrunc {
-					command = cut(command, 40)
+					command, id = cut(command, 40), shortID(id)
 				}
-				cells := []string{string(r.ID), r.Image, printable(command), r.statusText(), ago(r.CreatedAt)}
+				cells := []string{id, r.Image, printable(command), r.statusText(), ago(r.CreatedAt)}
+				if kube {
+					cells = slices.Insert(cells, 1, r.Kubernetes.String())
+				}
 				if a.all {
 					cells = append(cells, r.Namespace)
 				}
 				rows = append(rows, cells)
 			}
 			header := "ID|IMAGE|COMMAND|STATUS|CREATED"
+			if kube {
+				header = "ID|POD AND CONTAINER|IMAGE|COMMAND|STATUS|CREATED"
+			}
 			if a.all {
 				header += "|NAMESPACE"
+			}
+			if kube {
+				header, rows = a.squeeze(header, rows, "COMMAND", "CREATED", "IMAGE")
 			}
 			return a.table(list, header, rows)
 		},
@@ -553,7 +575,7 @@ func (a *app) psCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVarP(&all, "all", "a", false, "list those that do not run as well")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print only ids")
-	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten commands")
+	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten ids and commands")
 	f.StringArrayVarP(&filters, "filter", "f", nil, "`condition`, see above")
 	return cmd
 }
@@ -632,8 +654,13 @@ func (a *app) containers(ctx context.Context, v view.View, match []string) ([]co
 	var rows []containerRow
 	err = v.Containers().Walk(ctx, func(c container.Container) error {
 		r := containerRow{Namespace: string(v.Namespace()), ID: c.ID, Image: c.Image, Runtime: c.Runtime.Name, Labels: c.Labels, CreatedAt: c.CreatedAt, Status: "created"}
-		if spec, err := client.Spec(c); err == nil && spec.Process != nil {
-			r.Command = spec.Process.Args
+		if spec, err := client.Spec(c); err == nil {
+			if spec.Process != nil {
+				r.Command = spec.Process.Args
+			}
+			if r.Kubernetes = kubernetesOf(spec); r.Kubernetes != nil && spec.Annotations[annotationImage] != "" {
+				r.Image = spec.Annotations[annotationImage] // the record has the image's id
+			}
 		}
 		if p, ok := state[c.ID]; ok {
 			r.Pid = p.Pid

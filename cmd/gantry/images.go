@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -294,12 +295,43 @@ type imageRow struct {
 	Platforms []string `json:"platforms,omitempty"`
 	Size      int64    `json:"size"`
 	Missing   string   `json:"missing,omitempty"`
+	// AlsoNamed are records of the same image that only repeat a digest.
+	AlsoNamed []string `json:"also_named,omitempty"`
+}
+
+// once leaves one row for an image that has a name, and records named by a
+// digest beside it, as Kubernetes makes them: REPOSITORY@DIGEST, and the
+// image's id. If it has no name, the first of those stands for it.
+func once(images []image.Image) ([]image.Image, map[string][]string) {
+	nameless := func(name string) bool {
+		return strings.Contains(name, "@") || digest.Digest(name).Validate() == nil
+	}
+	first := map[digest.Digest]string{}
+	for _, better := range []bool{true, false} {
+		for _, img := range images {
+			// A repository's name says more than an id.
+			if d := img.Target.Digest; first[d] == "" && (!nameless(img.Name) || !better && strings.Contains(img.Name, "@")) {
+				first[d] = img.Name
+			}
+		}
+	}
+	also := map[string][]string{}
+	var out []image.Image
+	for _, img := range images {
+		if f := first[img.Target.Digest]; f != "" && f != img.Name && nameless(img.Name) {
+			also[f] = append(also[f], img.Name)
+			continue
+		}
+		out = append(out, img)
+	}
+	return out, also
 }
 
 func (a *app) imagesCommand() *cobra.Command {
-	var quiet bool
+	var quiet, everything bool
 	cmd := &cobra.Command{
 		Use: "images [FILTER]", Short: "List images", Aliases: []string{"image-ls"}, GroupID: "image", Args: cobra.MaximumNArgs(1),
+		Long:    "Lists images by name. Records that only repeat the digest of an image with a name, as Kubernetes makes them, are left out without -a.",
 		Example: "  gantry images\n  gantry images 'name~=alpine'",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
@@ -314,8 +346,12 @@ func (a *app) imagesCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				var also map[string][]string
+				if !everything {
+					images, also = once(images)
+				}
 				for _, img := range images {
-					row := imageRow{Namespace: string(v.Namespace()), Image: img}
+					row := imageRow{Namespace: string(v.Namespace()), Image: img, AlsoNamed: also[img.Name]}
 					if info, err := client.InspectImage(ctx, v, img.Name, ocispec.Platform{}); err != nil {
 						row.Missing = err.Error()
 					} else {
@@ -349,6 +385,7 @@ func (a *app) imagesCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only names")
+	cmd.Flags().BoolVarP(&everything, "all", "a", false, "list every record")
 	return cmd
 }
 

@@ -3,12 +3,14 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -22,23 +24,14 @@ import (
 )
 
 func (a *app) logsCommand() *cobra.Command {
-	var follow, stamps bool
-	var tail, since string
+	var flags logFlags
 	cmd := &cobra.Command{
 		Use: "logs CONTAINER", Short: "Show what a container has printed", GroupID: "run", Args: cobra.ExactArgs(1),
 		Long: "Shows the kept output of a container that was run with --detach, or made by create and start:\nwhat it printed to standard output and error, on the same streams here.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			l := &logReader{out: a.out, err: a.err, follow: follow, stamps: stamps, tail: -1, json: a.format == "json"}
-			if tail != "all" && tail != "" {
-				n, err := strconv.Atoi(tail)
-				if err != nil || n < 0 {
-					return fmt.Errorf("--tail %q: use a number of lines, or all", tail)
-				}
-				l.tail = n
-			}
-			var err error
-			if l.since, err = parseSince(since, time.Now()); err != nil {
+			l, err := flags.reader(a)
+			if err != nil {
 				return err
 			}
 			v, err := a.view(ctx)
@@ -62,6 +55,7 @@ func (a *app) logsCommand() *cobra.Command {
 				}
 				return &hinted{fmt.Errorf("logs of container %s: its output is not kept: %w", c.ID, errdefs.ErrFailedPrecondition), hint}
 			}
+			l.kubelet = kubernetesLog(c) != ""
 			ended := make(chan struct{})
 			if running {
 				ended = a.ended(ctx, v, c.ID)
@@ -71,12 +65,37 @@ func (a *app) logsCommand() *cobra.Command {
 			return l.run(ctx, ended)
 		},
 	}
-	f := cmd.Flags()
-	f.BoolVarP(&follow, "follow", "f", false, "go on until the container ends")
-	f.StringVar(&tail, "tail", "all", "begin with the last `n` lines")
-	f.BoolVarP(&stamps, "timestamps", "t", false, "show when each line was printed")
-	f.StringVar(&since, "since", "", "begin at a `time`: RFC 3339, or a duration before now such as 10m")
+	flags.add(cmd)
 	return cmd
+}
+
+// logFlags say what of kept output is wanted.
+type logFlags struct {
+	follow, stamps bool
+	tail, since    string
+}
+
+func (l *logFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.BoolVarP(&l.follow, "follow", "f", false, "go on until the container ends")
+	f.StringVar(&l.tail, "tail", "all", "begin with the last `n` lines")
+	f.BoolVarP(&l.stamps, "timestamps", "t", false, "show when each line was printed")
+	f.StringVar(&l.since, "since", "", "begin at a `time`: RFC 3339, or a duration before now such as 10m")
+}
+
+// reader is for the files that are still to be set.
+func (l *logFlags) reader(a *app) (*logReader, error) {
+	r := &logReader{out: a.out, err: a.err, follow: l.follow, stamps: l.stamps, tail: -1, json: a.format == "json"}
+	if l.tail != "all" && l.tail != "" {
+		n, err := strconv.Atoi(l.tail)
+		if err != nil || n < 0 {
+			return nil, fmt.Errorf("--tail %q: use a number of lines, or all", l.tail)
+		}
+		r.tail = n
+	}
+	var err error
+	r.since, err = parseSince(l.since, time.Now())
+	return r, err
 }
 
 // parseSince reads a time, or how long ago it was.
@@ -101,6 +120,9 @@ func parseSince(s string, now time.Time) (time.Time, error) {
 // logFiles finds where a container's output is kept: a note says it, or its
 // task's output goes to a file.
 func logFiles(c container.Container, stdout string) (path string, ok bool) {
+	if path := kubernetesLog(c); path != "" {
+		return path, true
+	}
 	for _, s := range []string{c.Note(noteLog), stdout} {
 		if u, err := url.Parse(s); err == nil && u.Scheme == "file" && u.Path != "" {
 			return u.Path, true
@@ -145,6 +167,7 @@ func parseLogLine(b []byte) (logLine, bool) {
 	stamp, rest, _ := bytes.Cut(b, []byte(" "))
 	stream, rest, _ := bytes.Cut(rest, []byte(" "))
 	tag, text, ok := bytes.Cut(rest, []byte(" "))
+	tag, _, _ = bytes.Cut(tag, []byte(":")) // further tags may follow
 	if !ok || string(stream) != "stdout" && string(stream) != "stderr" || string(tag) != "F" && string(tag) != "P" {
 		return logLine{}, false
 	}
@@ -161,8 +184,11 @@ type logReader struct {
 	follow bool
 	stamps bool
 	json   bool
-	tail   int // lines to begin with, -1 for all
-	since  time.Time
+	// kubelet, if set, says that older files are named as the kubelet does:
+	// PATH.20060102-150405, and compressed ones with .gz behind it.
+	kubelet bool
+	tail    int // lines to begin with, -1 for all
+	since   time.Time
 	// fresh, if not zero, is when the reader began to be of interest: what was
 	// written from then on is shown, though tail leaves out what was before.
 	fresh time.Time
@@ -193,6 +219,9 @@ func (l *logReader) run(ctx context.Context, ended <-chan struct{}) error {
 			f.Close()
 		}
 	}()
+	if err := l.past(f); err != nil {
+		return err
+	}
 	var rest []byte // of a line that is not complete
 	var over time.Time
 	r := bufio.NewReaderSize(nil, 64<<10)
@@ -264,6 +293,73 @@ func (l *logReader) run(ctx context.Context, ended <-chan struct{}) error {
 			}
 			return ctx.Err()
 		case <-time.After(poll):
+		}
+	}
+}
+
+// past reads what the kubelet has put aside, oldest first, but not what it put
+// aside since now was opened.
+func (l *logReader) past(now *os.File) error {
+	if !l.kubelet {
+		return nil
+	}
+	dir, base := filepath.Split(l.files)
+	names, err := os.ReadDir(dir) // sorted, and so are the times in the names
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("read kept output: %w", err)
+	}
+	for _, e := range names {
+		stamp, ok := strings.CutPrefix(e.Name(), base+".")
+		stamp, packed := strings.CutSuffix(stamp, ".gz")
+		if _, err := time.Parse("20060102-150405", stamp); !ok || err != nil {
+			continue
+		}
+		if now != nil {
+			mine, err := now.Stat()
+			if err != nil {
+				return err
+			}
+			if info, err := e.Info(); err == nil && os.SameFile(info, mine) {
+				continue
+			}
+		}
+		if err := l.read(filepath.Join(dir, e.Name()), packed); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("read kept output: %w", err)
+		}
+	}
+	return nil
+}
+
+// read takes a whole file that nobody writes any more.
+func (l *logReader) read(path string, packed bool) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	r := bufio.NewReaderSize(f, 64<<10)
+	if packed {
+		z, err := gzip.NewReader(f)
+		if err != nil {
+			return err
+		}
+		defer z.Close()
+		r.Reset(z)
+	}
+	var rest []byte
+	for {
+		b, err := r.ReadSlice('\n')
+		if rest = append(rest, b...); len(rest) > 128<<10 || err == nil || errors.Is(err, io.EOF) {
+			if err := l.line(rest); err != nil {
+				return err
+			}
+			rest = rest[:0]
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil && !errors.Is(err, bufio.ErrBufferFull):
+			return err
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,6 +21,31 @@ func (a *app) table(v any, header string, rows [][]string) error {
 		return a.json(v)
 	}
 	return writeTable(a.out, a.width(), strings.Split(header, "|"), rows)
+}
+
+// squeeze leaves out the columns named, one after another, until the rest fits
+// the terminal.
+func (a *app) squeeze(header string, rows [][]string, drop ...string) (string, [][]string) {
+	names, width := strings.Split(header, "|"), a.width()
+	for _, name := range drop {
+		total := 0
+		for i, n := range names {
+			widest := len([]rune(n))
+			for _, r := range rows {
+				widest = max(widest, len([]rune(r[i])))
+			}
+			total += widest + 2
+		}
+		i := slices.Index(names, name)
+		if width == 0 || total-2 <= width || i < 0 {
+			break
+		}
+		names = slices.Delete(names, i, i+1)
+		for j := range rows {
+			rows[j] = slices.Delete(rows[j], i, i+1)
+		}
+	}
+	return strings.Join(names, "|"), rows
 }
 
 // json prints v as a document. No list is "[]", never null.

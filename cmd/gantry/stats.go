@@ -80,16 +80,7 @@ func (a *app) statsCommand() *cobra.Command {
 					if err := a.statsTable(&b, list); err != nil {
 						return err
 					}
-					lines := strings.SplitAfter(b.String(), "\n")
-					if _, h, err := term.GetSize(int(a.out.Fd())); err == nil && len(lines) > h {
-						lines = lines[:h-1]
-					}
-					up := ""
-					if drawn > 0 {
-						up = fmt.Sprintf("\x1b[%dA", drawn)
-					}
-					drawn = len(lines) - 1
-					if _, err := io.WriteString(a.out, up+"\r\x1b[J"+strings.Join(lines, "")); err != nil {
+					if drawn, err = a.redraw(b.String(), drawn); err != nil {
 						return err
 					}
 				}
@@ -100,6 +91,21 @@ func (a *app) statsCommand() *cobra.Command {
 	cmd.Flags().BoolVar(&once, "no-stream", false, "look once")
 	cmd.Flags().DurationVar(&interval, "interval", time.Second, "`time` between two looks")
 	return cmd
+}
+
+// redraw puts a text in the place of the one before, which had so many lines,
+// cut to the height of the terminal. It returns the number of lines.
+func (a *app) redraw(text string, before int) (drawn int, err error) {
+	lines := strings.SplitAfter(text, "\n")
+	if _, h, err := term.GetSize(int(a.out.Fd())); err == nil && len(lines) > h {
+		lines = lines[:h-1]
+	}
+	up := ""
+	if before > 0 {
+		up = fmt.Sprintf("\x1b[%dA", before)
+	}
+	_, err = io.WriteString(a.out, up+"\r\x1b[J"+strings.Join(lines, ""))
+	return len(lines) - 1, err
 }
 
 // stopOf is nil if somebody left a command that goes on for ever.

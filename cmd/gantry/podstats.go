@@ -1,0 +1,144 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// podStatsRow is what a pod uses, or, if Container is set, one of its
+// containers. CPUPercent is of one CPU.
+type podStatsRow struct {
+	ID            string  `json:"id"`
+	Namespace     string  `json:"namespace"`
+	Name          string  `json:"name"`
+	Container     string  `json:"container,omitempty"`
+	CPUPercent    float64 `json:"cpu_percent"`
+	Memory        uint64  `json:"memory_working_set"`
+	Processes     uint64  `json:"processes,omitempty"`
+	ReceivedBytes uint64  `json:"received_bytes,omitempty"`
+	SentBytes     uint64  `json:"sent_bytes,omitempty"`
+	WritableLayer uint64  `json:"writable_layer_bytes,omitempty"`
+}
+
+func (a *app) podStatsCommand() *cobra.Command {
+	var once, containers bool
+	var interval time.Duration
+	cmd := &cobra.Command{
+		Use: "stats [POD...]", Short: "Show what pods use",
+		Long: "Shows CPU, memory, processes and network of the pods named, or of all that are ready. CPU is in percent of one CPU; memory is the working set.\nOn a terminal the table is renewed until it is interrupted.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			if interval < 100*time.Millisecond {
+				return fmt.Errorf("--interval %v: use 100ms or more", interval)
+			}
+			p, err := a.pods(cmd)
+			if err != nil {
+				return err
+			}
+			var ids []string
+			for _, ref := range args {
+				x, err := p.find(ctx, ref)
+				if err != nil {
+					return err
+				}
+				if x.State != runtime.PodSandboxState_SANDBOX_READY {
+					return &hinted{fmt.Errorf("stats of pod %s: it is stopped", podTitle(x.GetMetadata())), "list those that are ready: gantry pod ls --state ready"}
+				}
+				ids = append(ids, x.Id)
+			}
+			live := !once && a.format != "json" && term.IsTerminal(int(a.out.Fd()))
+			for drawn := 0; ; {
+				list, err := p.usage(ctx, ids, containers)
+				if err != nil {
+					if ctx.Err() != nil {
+						return stopOf(ctx)
+					}
+					return err
+				}
+				if !live {
+					if err := a.podStatsTable(a.out, list); err != nil || once || a.format != "json" && len(list) == 0 {
+						return err
+					}
+				} else {
+					var b bytes.Buffer
+					if err := a.podStatsTable(&b, list); err != nil {
+						return err
+					}
+					if drawn, err = a.redraw(b.String(), drawn); err != nil {
+						return err
+					}
+				}
+				select {
+				case <-ctx.Done():
+					return stopOf(ctx)
+				case <-time.After(interval):
+				}
+			}
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&once, "no-stream", false, "look once")
+	f.BoolVar(&containers, "containers", false, "show every container")
+	f.DurationVar(&interval, "interval", time.Second, "`time` between two looks")
+	return cmd
+}
+
+// usage looks at all pods, or only at those with ids.
+func (p *pods) usage(ctx context.Context, ids []string, containers bool) ([]podStatsRow, error) {
+	ctx, cancel := context.WithTimeout(ctx, podTimeout)
+	defer cancel()
+	r, err := p.ListPodSandboxStats(ctx, &runtime.ListPodSandboxStatsRequest{})
+	if err != nil {
+		return nil, err
+	}
+	list := []podStatsRow{}
+	for _, s := range r.Stats {
+		m, l := s.GetAttributes().GetMetadata(), s.GetLinux()
+		if id := s.GetAttributes().GetId(); len(ids) > 0 && !slices.Contains(ids, id) || len(ids) == 0 && p.namespace != "" && m.GetNamespace() != p.namespace {
+			continue
+		}
+		row := podStatsRow{ID: s.GetAttributes().GetId(), Namespace: m.GetNamespace(), Name: m.GetName(), CPUPercent: percent(l.GetCpu()), Memory: l.GetMemory().GetWorkingSetBytes().GetValue(),
+			Processes: l.GetProcess().GetProcessCount().GetValue(), ReceivedBytes: l.GetNetwork().GetDefaultInterface().GetRxBytes().GetValue(), SentBytes: l.GetNetwork().GetDefaultInterface().GetTxBytes().GetValue()}
+		for _, c := range l.GetContainers() {
+			row.WritableLayer += c.GetWritableLayer().GetUsedBytes().GetValue()
+		}
+		list = append(list, row)
+		if !containers {
+			continue
+		}
+		for _, c := range l.GetContainers() {
+			list = append(list, podStatsRow{ID: c.GetAttributes().GetId(), Namespace: row.Namespace, Name: row.Name, Container: c.GetAttributes().GetMetadata().GetName(), CPUPercent: percent(c.GetCpu()),
+				Memory: c.GetMemory().GetWorkingSetBytes().GetValue(), WritableLayer: c.GetWritableLayer().GetUsedBytes().GetValue()})
+		}
+	}
+	key := func(r podStatsRow) string { return r.Namespace + "/" + r.Name + "/" + r.Container }
+	slices.SortStableFunc(list, func(x, y podStatsRow) int { return strings.Compare(key(x), key(y)) })
+	return list, nil
+}
+
+// percent is the share of one CPU, as the daemon's own sampler has seen it.
+func percent(c *runtime.CpuUsage) float64 { return float64(c.GetUsageNanoCores().GetValue()) / 1e7 }
+
+func (a *app) podStatsTable(w io.Writer, list []podStatsRow) error {
+	if a.format == "json" {
+		return a.json(list)
+	}
+	var rows [][]string
+	for _, r := range list {
+		name, pids, in, out := printable(r.Name), fmt.Sprint(r.Processes), size(int64(r.ReceivedBytes)), size(int64(r.SentBytes))
+		if r.Container != "" {
+			name, pids, in, out = "  "+printable(r.Container), "", "", ""
+		}
+		rows = append(rows, []string{r.Namespace, name, fmt.Sprintf("%.1f%%", r.CPUPercent), size(int64(r.Memory)), pids, in, out, size(int64(r.WritableLayer))})
+	}
+	return writeTable(w, a.width(), []string{"NAMESPACE", "NAME", "CPU", "MEMORY", "PIDS", "RECEIVED", "SENT", "WRITTEN"}, rows)
+}
