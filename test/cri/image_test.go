@@ -17,11 +17,11 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/identity"
+	chain "github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/gantryd/gantry/core/image"
+	images "github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/manifest"
 	"github.com/gantryd/gantry/core/transfer"
 	"github.com/gantryd/gantry/test/critest"
@@ -192,7 +192,7 @@ func TestImageStatus(t *testing.T) {
 			ChainID   string
 			ImageSpec ocispec.Image
 		}
-		if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || info.ChainID != identity.ChainID(img.DiffIDs).String() || info.ImageSpec.Config.User != tt.user || !slices.Equal(info.ImageSpec.Config.Entrypoint, []string{"/bin/sh"}) {
+		if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || info.ChainID != chain.ChainID(img.DiffIDs).String() || info.ImageSpec.Config.User != tt.user || !slices.Equal(info.ImageSpec.Config.Entrypoint, []string{"/bin/sh"}) {
 			t.Errorf("%v: %s", err, r.Info["info"])
 		}
 	}
@@ -337,16 +337,16 @@ func TestOtherClientsImages(t *testing.T) {
 		t.Errorf("%q", out)
 	}
 	const alias = "example.com/alias:2"
-	if _, err := v.Images().Create(ctx, image.Image{Name: alias, Target: img.Target}); err != nil {
+	if _, err := v.Images().Create(ctx, images.Image{Name: alias, Target: img.Target}); err != nil {
 		t.Fatal(err)
 	}
 	critest.Eventually(t, "the alias", func() bool { i := imageOf(t, n, id); return i != nil && slices.Contains(i.RepoTags, alias) })
-	if err := v.Images().Delete(ctx, alias, image.DeleteOptions{}); err != nil {
+	if err := v.Images().Delete(ctx, alias, images.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	critest.Eventually(t, "the alias's end", func() bool { i := imageOf(t, n, id); return i != nil && !slices.Contains(i.RepoTags, alias) })
 	for _, name := range []string{ref, id} {
-		if err := v.Images().Delete(ctx, name, image.DeleteOptions{}); err != nil {
+		if err := v.Images().Delete(ctx, name, images.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -53,7 +53,7 @@ type churn struct {
 	t *testing.T
 	// up is held by who may not meet a daemon that is down: calls read, the
 	// killer writes between a kill and the next start.
-	up sync.RWMutex
+	up   sync.RWMutex
 	life atomic.Int64 // counts the daemon's lives
 
 	mu    sync.Mutex
@@ -368,9 +368,9 @@ func inCgroup(pid int, id string) bool {
 	return err == nil && ok && rest[0] != 'Z'
 }
 
-// records lists what the stores have of pods: leases, snapshots that can be
+// recorded lists what the stores have of pods: leases, snapshots that can be
 // written, containers, sandboxes.
-func records(t *testing.T, n *critest.Node) (left []string) {
+func recorded(t *testing.T, n *critest.Node) (left []string) {
 	t.Helper()
 	c, err := client.Dial(n.Address())
 	if err != nil {
@@ -522,7 +522,7 @@ func TestKillDuringChurn(t *testing.T) {
 	// What collection still has in hand is gone soon.
 	var left []string
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		if left = records(t, n); len(left) == 0 || time.Now().After(deadline) {
+		if left = recorded(t, n); len(left) == 0 || time.Now().After(deadline) {
 			break
 		}
 	}
