@@ -216,6 +216,8 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 	c.SetFacts(facts(spec, img.Snapshotter, id))
 	if s.NRI != nil {
 		stage.Enter("ask the NRI plugins")
+		// Plugins that were asked hear that it came to nothing.
+		back.Push("tell the NRI plugins", func(ctx context.Context) error { return s.NRI.RemoveContainer(ctx, pod, c) })
 		if err := s.NRI.CreateContainer(ctx, pod, c, spec); err != nil {
 			return "", err
 		}
@@ -223,7 +225,7 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 	}
 
 	stage.Enter("store the container")
-	if err := c.Change(func(*cristate.Status) error { return nil }); err != nil {
+	if err := c.Change(func(st *cristate.Status) error { st.Resources = crispec.Resources(spec); return nil }); err != nil {
 		return "", err
 	}
 	s.Faults.Pass("cri.container.status")

@@ -1,0 +1,487 @@
+package nri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/nri/pkg/adaptation"
+	"github.com/containerd/nri/pkg/adaptation/builtin"
+	"github.com/containerd/nri/pkg/api"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+)
+
+// subject is what plugins are asked about.
+type subject struct {
+	event     api.Event
+	pod       *api.PodSandbox
+	container *api.Container // nil for a pod
+}
+
+func (s subject) String() string { return s.event.PrettyName() }
+
+// ask asks one plugin. One that does not answer is left out, unless it is
+// required: then its name is in the error, as it is in that of a refusal.
+func (h *Host) ask(ctx context.Context, p *plug, s subject, fn func(context.Context) error) (skipped bool, err error) {
+	limit := h.Config.RequestTimeout
+	name := s.container.GetName()
+	if p.isSlow() && !h.needs(ctx, p, s.pod, name) {
+		limit /= 10
+	}
+	err = p.call(ctx, s.String(), limit, fn)
+	var none noAnswer
+	switch {
+	case err == nil:
+		return false, nil
+	case !errors.As(err, &none):
+		return false, fmt.Errorf("NRI plugin %s: %s: %w", p.name(), s, err)
+	case h.needs(ctx, p, s.pod, name):
+		return false, fmt.Errorf("NRI plugin %s, which is required: %s: %w", p.name(), s, err)
+	}
+	h.count(p, s.String(), func(st *Stat) { st.Skipped++ })
+	h.Log.Warn("NRI plugin is left out of a call", "plugin", p.name(), "call", s.String(), "pod", s.pod.GetId(), "container", s.container.GetId(), "reason", err)
+	return true, nil
+}
+
+// tell asks the plugins that subscribed to an event, in their order, until one
+// refuses. Old plugins know one call for all.
+func (h *Host) tell(ctx context.Context, all []*plug, s subject, fn func(context.Context, api.PluginService) error) error {
+	for _, p := range all {
+		if !p.events.IsSet(s.event) {
+			continue
+		}
+		_, err := h.ask(ctx, p, s, func(ctx context.Context) error {
+			err := fn(ctx, p.client)
+			if err != nil && s.event != api.Event_UPDATE_POD_SANDBOX && p.unimplemented(err) {
+				_, err = p.client.StateChange(ctx, &api.StateChangeEvent{Event: s.event, Pod: s.pod, Container: s.container})
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// late is tell for what has happened already.
+func (h *Host) late(ctx context.Context, s subject, fn func(context.Context, api.PluginService) error) {
+	if err := h.tell(ctx, h.plugins(), s, fn); err != nil {
+		h.Log.Warn("NRI", "pod", s.pod.GetId(), "container", s.container.GetId(), "error", err)
+	}
+}
+
+// RunPodSandbox asks about a pod that is about to be complete; an error refuses it.
+func (h *Host) RunPodSandbox(ctx context.Context, pod *cristate.Pod) error {
+	id := pod.ID()
+	all := h.enter(id, func() bool { _, err := h.Pods.Get(id); return err == nil })
+	p := podOf(pod)
+	err := h.tell(ctx, all, subject{event: api.Event_RUN_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+		_, err := c.RunPodSandbox(ctx, &api.RunPodSandboxRequest{Pod: p})
+		return err
+	})
+	if err != nil {
+		h.leave(id)
+	}
+	return err
+}
+
+// StopPodSandbox tells that a pod has stopped.
+func (h *Host) StopPodSandbox(ctx context.Context, pod *cristate.Pod) error {
+	p := podOf(pod)
+	return h.tell(ctx, h.plugins(), subject{event: api.Event_STOP_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+		_, err := c.StopPodSandbox(ctx, &api.StopPodSandboxRequest{Pod: p})
+		return err
+	})
+}
+
+// RemovePodSandbox tells that a pod is being removed, or was not completed.
+func (h *Host) RemovePodSandbox(ctx context.Context, pod *cristate.Pod) error {
+	h.leave(pod.ID())
+	p := podOf(pod)
+	return h.tell(ctx, h.plugins(), subject{event: api.Event_REMOVE_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+		_, err := c.RemovePodSandbox(ctx, &api.RemovePodSandboxRequest{Pod: p})
+		return err
+	})
+}
+
+// UpdatePodSandbox asks about other resources of a pod; an error refuses them
+// (contract 7.1.10).
+func (h *Host) UpdatePodSandbox(ctx context.Context, pod *cristate.Pod, overhead, resources *runtime.LinuxContainerResources) error {
+	p := podOf(pod)
+	return h.tell(ctx, h.plugins(), subject{event: api.Event_UPDATE_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+		_, err := c.UpdatePodSandbox(ctx, &api.UpdatePodSandboxRequest{Pod: p, OverheadLinuxResources: resourcesIn(overhead), LinuxResources: resourcesIn(resources)})
+		return err
+	})
+}
+
+// PostUpdatePodSandbox tells that it was done.
+func (h *Host) PostUpdatePodSandbox(ctx context.Context, pod *cristate.Pod) error {
+	p := podOf(pod)
+	return h.tell(ctx, h.plugins(), subject{event: api.Event_POST_UPDATE_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+		_, err := c.PostUpdatePodSandbox(ctx, &api.PostUpdatePodSandboxRequest{Pod: p})
+		return err
+	})
+}
+
+// about makes the messages for a container, nil if there is nobody to send them to.
+func (h *Host) about(ctx context.Context, event api.Event, pod *cristate.Pod, c *cristate.Container) (subject, bool) {
+	for _, p := range h.plugins() {
+		if p.events.IsSet(event) {
+			return subject{event: event, pod: podOf(pod), container: h.container(ctx, c)}, true
+		}
+	}
+	return subject{}, false
+}
+
+// PostCreateContainer tells that a container is there.
+func (h *Host) PostCreateContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) {
+	h.leave(c.ID())
+	if s, any := h.about(ctx, api.Event_POST_CREATE_CONTAINER, pod, c); any {
+		h.late(ctx, s, func(ctx context.Context, p api.PluginService) error {
+			_, err := p.PostCreateContainer(ctx, &api.PostCreateContainerRequest{Pod: s.pod, Container: s.container})
+			return err
+		})
+	}
+}
+
+// StartContainer asks about a container that is about to start; an error refuses it.
+func (h *Host) StartContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error {
+	s, any := h.about(ctx, api.Event_START_CONTAINER, pod, c)
+	if !any {
+		return nil
+	}
+	return h.tell(ctx, h.plugins(), s, func(ctx context.Context, p api.PluginService) error {
+		_, err := p.StartContainer(ctx, &api.StartContainerRequest{Pod: s.pod, Container: s.container})
+		return err
+	})
+}
+
+// PostStartContainer tells that it runs.
+func (h *Host) PostStartContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) {
+	if s, any := h.about(ctx, api.Event_POST_START_CONTAINER, pod, c); any {
+		h.late(ctx, s, func(ctx context.Context, p api.PluginService) error {
+			_, err := p.PostStartContainer(ctx, &api.PostStartContainerRequest{Pod: s.pod, Container: s.container})
+			return err
+		})
+	}
+}
+
+// PostUpdateContainer tells that its resources are others.
+func (h *Host) PostUpdateContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) {
+	if s, any := h.about(ctx, api.Event_POST_UPDATE_CONTAINER, pod, c); any {
+		h.late(ctx, s, func(ctx context.Context, p api.PluginService) error {
+			_, err := p.PostUpdateContainer(ctx, &api.PostUpdateContainerRequest{Pod: s.pod, Container: s.container})
+			return err
+		})
+	}
+}
+
+// RemoveContainer tells that a container is being removed, or was not completed.
+func (h *Host) RemoveContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error {
+	h.leave(c.ID())
+	s, any := h.about(ctx, api.Event_REMOVE_CONTAINER, pod, c)
+	if !any {
+		return nil
+	}
+	return h.tell(ctx, h.plugins(), s, func(ctx context.Context, p api.PluginService) error {
+		_, err := p.RemoveContainer(ctx, &api.RemoveContainerRequest{Pod: s.pod, Container: s.container})
+		return err
+	})
+}
+
+// outcome is what a merged call brought besides its answer.
+type outcome struct {
+	skipped map[string]bool // by name of the instance
+	why     []error
+	evict   []*api.ContainerEviction
+}
+
+// merged makes NRI's own merger of what these plugins answer, for one call: it
+// tracks who owns which field, and refuses conflicts. One instance would hold a
+// lock over all that it asks, so each call has its own.
+func (h *Host) merged(ctx context.Context, all []*plug, s subject, out *outcome) (*adaptation.Adaptation, error) {
+	out.skipped = map[string]bool{}
+	opts := []adaptation.Option{adaptation.WithDisabledExternalConnections(), adaptation.WithPluginPath("/proc/self/fd/none")}
+	if h.check != nil {
+		opts = append(opts, adaptation.WithBuiltinPlugins(&builtin.BuiltinPlugin{Base: "default-validator", Index: "00", Handlers: builtin.BuiltinHandlers{
+			ValidateContainerAdjustment: func(_ context.Context, req *api.ValidateContainerAdjustmentRequest) error {
+				// Who did not answer was not there, as far as requirements go.
+				seen := &api.ValidateContainerAdjustmentRequest{Pod: req.Pod, Container: req.Container, Adjust: req.Adjust, Update: req.Update, Owners: req.Owners}
+				for _, p := range req.Plugins {
+					if !out.skipped[p.Index+"-"+p.Name] {
+						seen.Plugins = append(seen.Plugins, p)
+					}
+				}
+				return h.validate(ctx, seen)
+			}}}))
+	}
+	asked := false
+	for _, p := range all {
+		asked = asked || p.events.IsSet(s.event)
+		opts = append(opts, adaptation.WithBuiltinPlugins(&builtin.BuiltinPlugin{Base: p.base, Index: p.index, Handlers: h.handlers(ctx, p, s, out)}))
+	}
+	if !asked && (s.event != api.Event_CREATE_CONTAINER || h.check == nil) {
+		return nil, nil
+	}
+	a, err := adaptation.New("containerd", h.Version, func(ctx context.Context, sync adaptation.SyncCB) error {
+		_, err := sync(ctx, nil, nil)
+		return err
+	}, func(context.Context, []*api.ContainerUpdate) ([]*api.ContainerUpdate, error) { return nil, nil }, opts...)
+	if err == nil {
+		err = a.Start()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("NRI: %w", err)
+	}
+	return a, nil
+}
+
+// handlers are a plugin as the merger sees it.
+func (h *Host) handlers(ctx context.Context, p *plug, s subject, out *outcome) builtin.BuiltinHandlers {
+	ask := func(fn func(context.Context) error) bool {
+		skipped, err := h.ask(ctx, p, s, fn)
+		if err != nil {
+			out.why = append(out.why, err)
+		}
+		out.skipped[p.name()] = out.skipped[p.name()] || skipped
+		return err == nil && !skipped
+	}
+	// The merger leaves out whose error it takes for a broken connection; its
+	// own is told apart by out.why.
+	refused := func() error {
+		if len(out.why) > 0 {
+			return fmt.Errorf("%v", out.why[len(out.why)-1])
+		}
+		return nil
+	}
+	return builtin.BuiltinHandlers{
+		Configure: func(context.Context, *api.ConfigureRequest) (*api.ConfigureResponse, error) {
+			return &api.ConfigureResponse{Events: int32(p.events)}, nil
+		},
+		CreateContainer: func(_ context.Context, req *api.CreateContainerRequest) (*api.CreateContainerResponse, error) {
+			var r *api.CreateContainerResponse
+			if !ask(func(ctx context.Context) (err error) { r, err = p.client.CreateContainer(ctx, req); return err }) {
+				return nil, refused()
+			}
+			out.evict = append(out.evict, r.GetEvict()...)
+			h.adjustments(p, s, r.GetAdjust(), len(r.GetUpdate()), len(r.GetEvict()))
+			return r, nil
+		},
+		UpdateContainer: func(_ context.Context, req *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error) {
+			var r *api.UpdateContainerResponse
+			if !ask(func(ctx context.Context) (err error) { r, err = p.client.UpdateContainer(ctx, req); return err }) {
+				return nil, refused()
+			}
+			out.evict = append(out.evict, r.GetEvict()...)
+			h.adjustments(p, s, nil, len(r.GetUpdate()), len(r.GetEvict()))
+			return r, nil
+		},
+		StopContainer: func(_ context.Context, req *api.StopContainerRequest) (*api.StopContainerResponse, error) {
+			var r *api.StopContainerResponse
+			if !ask(func(ctx context.Context) (err error) { r, err = p.client.StopContainer(ctx, req); return err }) {
+				return nil, refused()
+			}
+			h.adjustments(p, s, nil, len(r.GetUpdate()), 0)
+			return r, nil
+		},
+		ValidateContainerAdjustment: func(_ context.Context, req *api.ValidateContainerAdjustmentRequest) error {
+			// A validator is there to refuse: one that does not answer refuses.
+			var r *api.ValidateContainerAdjustmentResponse
+			err := p.call(ctx, "ValidateContainerAdjustment", h.Config.RequestTimeout, func(ctx context.Context) (err error) {
+				r, err = p.client.ValidateContainerAdjustment(ctx, req)
+				return err
+			})
+			if err != nil {
+				return fmt.Errorf("NRI plugin %s: validate the adjustments: %v", p.name(), err)
+			}
+			return r.ValidationResult(p.name())
+		},
+	}
+}
+
+// failed is the error of a merged call, with who did not answer.
+func (o *outcome) failed(err error) error {
+	if len(o.why) > 0 {
+		return o.why[len(o.why)-1]
+	}
+	for name := range o.skipped {
+		if o.skipped[name] {
+			err = fmt.Errorf("%w (plugin %s did not answer)", err, name)
+		}
+	}
+	return fmt.Errorf("NRI: %v: %w", err, errdefs.ErrFailedPrecondition)
+}
+
+// CreateContainer asks about a container that is to be made, and changes its
+// specification as plugins wish (contract 1.4.12). An error refuses it, as does
+// a required plugin that is not there, or a change that cannot be made.
+func (h *Host) CreateContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container, spec *specs.Spec) (err error) {
+	id := c.ID()
+	all := h.enter(id, func() bool { _, err := h.Containers.Get(id); return err == nil })
+	defer func() {
+		if err != nil {
+			h.leave(id)
+		}
+	}()
+	if len(all) == 0 && h.check == nil {
+		return nil
+	}
+	s := subject{event: api.Event_CREATE_CONTAINER, pod: podOf(pod), container: containerOf(c, spec)}
+	var out outcome
+	m, err := h.merged(ctx, all, s, &out)
+	if m == nil || err != nil {
+		return err
+	}
+	defer m.Stop()
+	r, err := m.CreateContainer(ctx, &api.CreateContainerRequest{Pod: s.pod, Container: s.container})
+	if err != nil {
+		return out.failed(err)
+	}
+	if err := h.adjust(spec, r.GetAdjust()); err != nil {
+		return fmt.Errorf("NRI: adjust container %s: %w", id, err)
+	}
+	// The library's answer does not tell which variables were removed, but the
+	// request has become what the last plugin would have seen.
+	left := map[string]bool{}
+	for _, e := range s.container.GetEnv() {
+		name, _, _ := strings.Cut(e, "=")
+		left[name] = true
+	}
+	if spec.Process != nil {
+		spec.Process.Env = slices.DeleteFunc(spec.Process.Env, func(e string) bool {
+			name, _, _ := strings.Cut(e, "=")
+			return !left[name]
+		})
+	}
+	if err := h.others(ctx, r.GetUpdate()); err != nil {
+		return err
+	}
+	h.evict(ctx, "", out.evict)
+	return nil
+}
+
+// UpdateContainer asks about other resources of a container, and returns those
+// that plugins want (contract 7.1.16). An error refuses the change.
+func (h *Host) UpdateContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container, res *runtime.LinuxContainerResources) (*runtime.LinuxContainerResources, error) {
+	s, any := h.about(ctx, api.Event_UPDATE_CONTAINER, pod, c)
+	if !any {
+		return res, nil
+	}
+	var out outcome
+	m, err := h.merged(ctx, h.plugins(), s, &out)
+	if m == nil || err != nil {
+		return res, err
+	}
+	defer m.Stop()
+	r, err := m.UpdateContainer(ctx, &api.UpdateContainerRequest{Pod: s.pod, Container: s.container, LinuxResources: resourcesIn(res)})
+	if err != nil {
+		return nil, out.failed(err)
+	}
+	var others []*api.ContainerUpdate
+	for _, u := range r.GetUpdate() {
+		switch {
+		case u == nil:
+		case u.GetContainerId() == c.ID():
+			res = h.resourcesOut(c.ID(), res, u.GetLinux().GetResources())
+		default:
+			others = append(others, u)
+		}
+	}
+	// This container is locked, and each of those is while it is changed: two
+	// that wait for each other end here.
+	few, cancel := context.WithTimeout(ctx, h.Config.RequestTimeout)
+	defer cancel()
+	if err := h.others(few, others); err != nil {
+		return nil, err
+	}
+	h.wg.Go(func() { h.evict(context.WithoutCancel(ctx), "", out.evict) })
+	return res, nil
+}
+
+// StopContainer tells that a container has stopped; plugins may give to others
+// what it had.
+func (h *Host) StopContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error {
+	s, any := h.about(ctx, api.Event_STOP_CONTAINER, pod, c)
+	if !any {
+		return nil
+	}
+	var out outcome
+	m, err := h.merged(ctx, h.plugins(), s, &out)
+	if m == nil || err != nil {
+		return err
+	}
+	defer m.Stop()
+	r, err := m.StopContainer(ctx, &api.StopContainerRequest{Pod: s.pod, Container: s.container})
+	if err != nil {
+		return out.failed(err)
+	}
+	return h.others(ctx, r.GetUpdate())
+}
+
+// update changes containers as plugins wish and returns those that it cannot.
+func (h *Host) update(ctx context.Context, all []*api.ContainerUpdate) (failed []*api.ContainerUpdate, err error) {
+	for _, u := range all {
+		res := h.resourcesOut(u.GetContainerId(), &runtime.LinuxContainerResources{}, u.GetLinux().GetResources())
+		uerr := h.Adjust(ctx, u.GetContainerId(), res)
+		if uerr == nil {
+			continue
+		}
+		failed = append(failed, u)
+		h.Log.Warn("NRI: change of a container", "container", u.GetContainerId(), "error", uerr)
+		if !u.GetIgnoreFailure() {
+			err = errors.Join(err, uerr)
+		}
+	}
+	return failed, err
+}
+
+// others is update for what comes with an answer about another container.
+func (h *Host) others(ctx context.Context, all []*api.ContainerUpdate) error {
+	if _, err := h.update(ctx, all); err != nil {
+		return fmt.Errorf("NRI: change other containers: %w", err)
+	}
+	return nil
+}
+
+// evictions bounds the stop of a container.
+const evictions = time.Minute
+
+func (h *Host) evict(ctx context.Context, by string, all []*api.ContainerEviction) {
+	for _, e := range all {
+		h.Log.Info("NRI: container is evicted", "container", e.GetContainerId(), "plugin", by, "reason", e.GetReason())
+		limited, cancel := context.WithTimeout(ctx, evictions)
+		if err := h.Evict(limited, e.GetContainerId()); err != nil {
+			h.Log.Warn("NRI: evict a container", "container", e.GetContainerId(), "error", err)
+		}
+		cancel()
+	}
+}
+
+// adjustments counts what a plugin wants.
+func (h *Host) adjustments(p *plug, s subject, a *api.ContainerAdjustment, updates, evictions int) {
+	l := a.GetLinux()
+	kinds := map[string]int{"update": updates, "evict": evictions, "annotations": len(a.GetAnnotations()), "mounts": len(a.GetMounts()), "env": len(a.GetEnv()),
+		"args": len(a.GetArgs()), "rlimits": len(a.GetRlimits()), "cdi_devices": len(a.GetCDIDevices()),
+		"devices": len(l.GetDevices()), "namespaces": len(l.GetNamespaces()), "sysctl": len(l.GetSysctl()), "net_devices": len(l.GetNetDevices())}
+	for kind, set := range map[string]bool{"hooks": a.GetHooks() != nil, "resources": l.GetResources() != nil, "cgroups_path": l.GetCgroupsPath() != "", "oom_score_adj": l.GetOomScoreAdj() != nil,
+		"io_priority": l.GetIoPriority() != nil, "seccomp_policy": l.GetSeccompPolicy() != nil, "scheduler": l.GetScheduler() != nil, "rdt": l.GetRdt() != nil, "memory_policy": l.GetMemoryPolicy() != nil} {
+		if set {
+			kinds[kind] = 1
+		}
+	}
+	h.count(p, s.String(), func(st *Stat) {
+		for kind, n := range kinds {
+			if n > 0 {
+				st.Adjustments[kind] += uint64(n)
+			}
+		}
+	})
+}
