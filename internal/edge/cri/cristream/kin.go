@@ -13,12 +13,13 @@ import (
 )
 
 // kin is how the processes that a command has started are told from others: by
-// descent and by session, and only within the command's cgroup, so that a
-// number which is used again harms nobody.
+// descent, by session and by the streams that are the command's own, and only
+// within the command's cgroup, so that a number which is used again harms nobody.
 type kin struct {
 	cgroup   string
 	known    map[int]uint64 // that belong to it, with the times they started
 	sessions map[int]bool   // theirs; nil if the command has none of its own
+	streams  map[stream]bool
 }
 
 // kinOf is called when the process has just been started; nil if it has ended.
@@ -36,7 +37,40 @@ func kinOf(pid int) *kin {
 	if p.session == pid {
 		k.sessions = map[int]bool{pid: true}
 	}
+	k.streams = streamsOf(pid)
 	return k
+}
+
+// stream is a pipe or a terminal.
+type stream struct{ dev, ino uint64 }
+
+// streamsOf are the pipes and terminals that are a process's standard streams.
+func streamsOf(pid int) map[stream]bool {
+	all := map[stream]bool{}
+	for _, fd := range []string{"0", "1", "2"} {
+		var st unix.Stat_t
+		if unix.Stat("/proc/"+strconv.Itoa(pid)+"/fd/"+fd, &st) != nil {
+			continue
+		}
+		// 136 and those that follow are the numbers of pseudo terminals.
+		if major := unix.Major(st.Rdev); st.Mode&unix.S_IFMT == unix.S_IFIFO || st.Mode&unix.S_IFMT == unix.S_IFCHR && major >= 136 && major <= 143 {
+			all[stream{st.Dev, st.Ino}] = true
+		}
+	}
+	return all
+}
+
+// holds reports whether a process has one of the command's streams.
+func (k *kin) holds(pid int) bool {
+	if len(k.streams) == 0 {
+		return false
+	}
+	for s := range streamsOf(pid) {
+		if k.streams[s] {
+			return true
+		}
+	}
+	return false
 }
 
 // passes bounds how often the processes are looked at: each pass stops those
@@ -89,7 +123,7 @@ func (k *kin) grow() int {
 		more = false
 		for pid, p := range all {
 			_, child := k.known[p.parent]
-			if _, known := k.known[pid]; known || !child && !k.sessions[p.session] {
+			if _, known := k.known[pid]; known || !child && !k.sessions[p.session] && !k.holds(pid) {
 				continue
 			}
 			k.known[pid] = p.start
