@@ -79,7 +79,7 @@ type api struct {
 	log         *slog.Logger
 }
 
-// register adds all services to a server.
+// register adds all of containerd's services to a server.
 func (a *api) register(s *grpc.Server) {
 	containersapi.RegisterContainersServer(s, containerrpc.NewServer(a.views))
 	contentapi.RegisterContentServer(s, contentrpc.NewServer(a.views))
@@ -97,9 +97,6 @@ func (a *api) register(s *grpc.Server) {
 	transferapi.RegisterTransferServer(s, transferrpc.NewServer(a.views, a.streams))
 	versionapi.RegisterVersionServer(s, versionrpc.NewServer(version, revision))
 	healthpb.RegisterHealthServer(s, health.NewServer())
-	if a.kube != nil {
-		a.kube.server.Register(s)
-	}
 }
 
 // introspection shows the host's table, who the daemon is, and its shims.
@@ -144,7 +141,7 @@ const stopTimeout = 5 * time.Second
 
 // grpc serves all services on a Unix socket (contract 1.1.1).
 func (a *api) grpc(c config.ServerGRPC) lifecycle.Component {
-	return a.serveGRPC("gRPC server", c.Address != "", wire.ServerOptions(a.log, c.MaxRecvMsgSize, c.MaxSendMsgSize, nil),
+	return a.serveGRPC("gRPC server", c.Address != "", a.kube, wire.ServerOptions(a.log, c.MaxRecvMsgSize, c.MaxSendMsgSize, nil),
 		func() (net.Listener, error) { return listenUnix(c.Address, c.UID, c.GID) })
 }
 
@@ -160,7 +157,11 @@ func (a *api) tcp(c config.ServerTCP) lifecycle.Component {
 	if conf != nil {
 		opts = append(opts, grpc.Creds(credentials.NewTLS(conf)))
 	}
-	return a.serveGRPC(name, c.Address != "", opts, func() (net.Listener, error) { return net.Listen("tcp", c.Address) })
+	kube := a.kube
+	if kube != nil && !kube.tcp {
+		kube = nil // contract 7.4.1
+	}
+	return a.serveGRPC(name, c.Address != "", kube, opts, func() (net.Listener, error) { return net.Listen("tcp", c.Address) })
 }
 
 func tlsConfig(c config.ServerTCP) (*tls.Config, error) {
@@ -189,13 +190,16 @@ func tlsConfig(c config.ServerTCP) (*tls.Config, error) {
 	return conf, nil
 }
 
-func (a *api) serveGRPC(name string, enabled bool, opts []grpc.ServerOption, listen func() (net.Listener, error)) lifecycle.Component {
+func (a *api) serveGRPC(name string, enabled bool, kube *cri, opts []grpc.ServerOption, listen func() (net.Listener, error)) lifecycle.Component {
 	if !enabled {
 		return lifecycle.Component{Name: name}
 	}
 	var l net.Listener
 	srv := grpc.NewServer(opts...)
 	a.register(srv)
+	if kube != nil {
+		kube.server.Register(srv)
+	}
 	return lifecycle.Component{
 		Name: name,
 		Start: func(context.Context) (err error) {

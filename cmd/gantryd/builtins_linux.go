@@ -14,6 +14,8 @@ import (
 
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/internal/daemon/config"
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/nri"
 	"github.com/gantryd/gantry/internal/engine/native"
 	"github.com/gantryd/gantry/internal/engine/overlay"
 	"github.com/gantryd/gantry/internal/engine/walkdiff"
@@ -127,6 +129,7 @@ func transferDefaults() transferConfig {
 // components are the blocks that take effect, for `config check`.
 func components() map[string]any {
 	bolt, collect, diffs, opt, move := boltDefaults(), gcDefaults(), diffDefaults(), optDefaults(), transferDefaults()
+	server, pods, images, adapt := cristate.DefaultServerConfig(), cristate.DefaultRuntimeConfig(), cristate.DefaultImagesConfig(), nri.DefaultConfig()
 	return map[string]any{
 		plugin.URI(typeMetadata, "bolt"):          &bolt,
 		plugin.URI(typeGC, "scheduler"):           &collect,
@@ -135,6 +138,10 @@ func components() map[string]any {
 		plugin.URI(typeShim, "manager"):           &shimConfig{},
 		plugin.URI(typeRuntime, "task"):           &taskConfig{},
 		plugin.URI(typeTransfer, "local"):         &move,
+		plugin.URI(typeGRPC, "cri"):               &server,
+		cristate.RuntimeURI:                       &pods,
+		cristate.ImagesURI:                        &images,
+		plugin.URI(typeNRI, "nri"):                &adapt,
 		plugin.URI(typeSnapshotter, overlay.Name): &overlay.Config{},
 		plugin.URI(typeSnapshotter, native.Name):  &native.Config{},
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -52,7 +51,6 @@ type criDeps struct {
 	bus          event.Bus
 	manager      *shimclient.Manager
 	unpacker     criimage.Unpacker
-	downloads    int
 	roots        map[string]string // of snapshotters
 	controllers  *sandboxers
 	ready        func() error
@@ -63,6 +61,7 @@ type criDeps struct {
 // cri is Kubernetes' part of the daemon.
 type cri struct {
 	server     *criserver.Server
+	tcp        bool // it is served over TCP as well
 	network    *cni.Network
 	networks   string // directory of configurations
 	components []lifecycle.Component
@@ -92,31 +91,25 @@ func (s *sandboxers) Controller(ns namespace.ID, name string) (sandbox.Controlle
 	return nil, fmt.Errorf("sandboxer %q in namespace %s: %w", name, ns, errdefs.ErrNotFound)
 }
 
-// openCRI builds the kubelet's services, nil if they are disabled.
+// openCRI builds the kubelet's services; plugin.ErrDisabled if one of their
+// parts is disabled.
 func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger) (*cri, error) {
 	serverConfig, err := plugin.Open(ctx, host, plugin.New(typeGRPC, "cri", cristate.DefaultServerConfig(), func(_ context.Context, _ *plugin.Env, c cristate.ServerConfig) (cristate.ServerConfig, error) {
 		return c, nil
 	}))
-	if errors.Is(err, plugin.ErrDisabled) {
-		return nil, nil
-	}
 	if err != nil {
 		return nil, err
 	}
-	config, err := plugin.Open(ctx, host, plugin.New(typeCRI, "runtime", cristate.DefaultRuntimeConfig(), func(_ context.Context, env *plugin.Env, c cristate.RuntimeConfig) (cristate.RuntimeConfig, error) {
-		return c, checkRuntimes(c, env.Log)
+	config, err := plugin.Open(ctx, host, plugin.New(typeCRI, "runtime", cristate.DefaultRuntimeConfig(), func(_ context.Context, _ *plugin.Env, c cristate.RuntimeConfig) (cristate.RuntimeConfig, error) {
+		return c, checkRuntimes(c)
 	}))
 	if err != nil {
 		return nil, err
 	}
 	root, state := filepath.Join(d.root, cristate.PluginID), filepath.Join(d.state, cristate.PluginID)
 	images, err := plugin.Open(ctx, host, plugin.New(typeCRI, "images", cristate.DefaultImagesConfig(), func(_ context.Context, env *plugin.Env, c cristate.ImagesConfig) (*criimage.Service, error) {
-		s, warnings, err := criimage.New(criimage.Deps{Source: d.views, Events: d.bus, Unpacker: d.unpacker, Config: c, Runtime: config, Roots: d.roots,
-			HostsDir: filepath.Join(state, "hosts"), Downloads: d.downloads, Log: env.Log})
-		for _, w := range warnings {
-			env.Log.Warn("setting without full effect", "key", w.Key, "reason", w.Why)
-		}
-		return s, err
+		return criimage.New(criimage.Deps{Source: d.views, Events: d.bus, Unpacker: d.unpacker, Config: c, Runtime: config, Roots: d.roots,
+			HostsDir: filepath.Join(state, "hosts"), Log: env.Log})
 	}))
 	if err != nil {
 		return nil, err
@@ -151,7 +144,12 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		dirs.NetNS = filepath.Join(d.state, "netns")
 	}
 
-	containerService, err := cricontainer.New(cricontainer.Deps{Views: d.views, Events: d.bus, Pods: pods, Containers: containers, Notifier: notifier,
+	var containerService *cricontainer.Service
+	plugins, askPods, askContainers, err := openNRI(ctx, host, config, pods, containers, func() *cricontainer.Service { return containerService })
+	if err != nil {
+		return nil, err
+	}
+	containerService, err = cricontainer.New(cricontainer.Deps{NRI: askContainers, Views: d.views, Events: d.bus, Pods: pods, Containers: containers, Notifier: notifier,
 		Images: images, Config: config, WritesLogs: look.writesLogs,
 		Base:   func(rt cristate.Runtime) *specs.Spec { return bases[rt.BaseRuntimeSpec] },
 		CDI:    cdiDevices(config),
@@ -168,7 +166,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	pause := cripod.NewPodSandbox(controllerDeps)
 	d.controllers.own[cristate.SandboxerPodSandbox] = pause
 	d.controllers.own[cristate.SandboxerPauseless] = cripod.NewPauseless(controllerDeps, pause)
-	podService := cripod.New(cripod.Deps{Views: d.views, Controllers: d.controllers, Pods: pods, Config: config, Dirs: dirs, Network: network, Images: podImages,
+	podService := cripod.New(cripod.Deps{NRI: askPods, Views: d.views, Controllers: d.controllers, Pods: pods, Config: config, Dirs: dirs, Network: network, Images: podImages,
 		Containers: containerService, Labels: podLabels(config), Notify: notifier, Log: log, Faults: d.faults})
 
 	period, retention, err := cristats.Periods(config)
@@ -198,7 +196,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		driver = runtime.CgroupDriver_SYSTEMD
 	}
 	var opened atomic.Bool
-	c := &cri{network: network, networks: config.CNI.ConfDir, server: criserver.New(criserver.Deps{Notifier: notifier, Pods: podService, Containers: containerService, Images: images, Execs: streams, Streams: server,
+	c := &cri{tcp: !serverConfig.DisableTCPService, network: network, networks: config.CNI.ConfDir, server: criserver.New(criserver.Deps{Notifier: notifier, Pods: podService, Containers: containerService, Images: images, Execs: streams, Streams: server,
 		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: driver, Version: version, Log: log,
 		Features: func(ctx context.Context, _ string, rt cristate.Runtime) criserver.Features {
 			return look.features(ctx, rt)
@@ -232,6 +230,10 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 			if err := containerService.Recover(ctx); err != nil && ctx.Err() == nil {
 				return fmt.Errorf("recover containers: %w", err)
 			}
+			if plugins != nil {
+				plugins.Start(ctx)
+				defer plugins.Close()
+			}
 			opened.Store(true)
 			var wg sync.WaitGroup
 			defer wg.Wait()
@@ -254,22 +256,14 @@ func (c *cri) checkNetwork(ctx context.Context) error {
 	return nil
 }
 
-// checkRuntimes reports what of the table of handlers cannot work.
-func checkRuntimes(c cristate.RuntimeConfig, log *slog.Logger) error {
+// checkRuntimes refuses a table of handlers that cannot work.
+func checkRuntimes(c cristate.RuntimeConfig) error {
 	if _, _, err := c.Handler(""); err != nil {
 		return fmt.Errorf("default_runtime_name: %w", err)
 	}
 	for name, rt := range c.Containerd.Runtimes {
 		if _, err := rt.Record(); err != nil {
 			return fmt.Errorf("runtimes.%s: %w", name, err)
-		}
-		switch rt.Sandboxer {
-		case "", cristate.SandboxerPodSandbox, cristate.SandboxerPauseless, cristate.SandboxerShim:
-		default:
-			log.Warn("sandboxer is not known; its pods will be refused", "handler", name, "sandboxer", rt.Sandboxer)
-		}
-		if rt.IOType == "streaming" {
-			log.Warn("io_type \"streaming\" is not supported, FIFOs are used", "handler", name)
 		}
 	}
 	return nil

@@ -510,6 +510,14 @@ func (c *Config) Decode(uri string, into any) ([]Warning, error) {
 		d.wrong(n, "a table", path)
 	} else {
 		d.table(n, v.Elem(), known().at(path...), schemaTrees().defaults.at(path...), path)
+		if x, ok := into.(Reporter); ok {
+			x.Ineffective(func(why string, key ...string) {
+				if at := n.at(key...); at != nil { // else it is a default's
+					full := keyPath(append(path[:len(path):len(path)], key...))
+					d.warnings = append(d.warnings, Warning{Pos: at.pos, Key: full, Kind: NoEffect, Msg: full + " has no effect: " + why})
+				}
+			})
+		}
 	}
 	if c.opt.Strict {
 		if err := strictError(d.warnings); err != nil {
@@ -517,6 +525,13 @@ func (c *Config) Decode(uri string, into any) ([]Warning, error) {
 		}
 	}
 	return d.warnings, nil
+}
+
+// Reporter is what a component's block implements of which some values do
+// nothing, or less than their names say: it reports the path of each, in the
+// block, and why.
+type Reporter interface {
+	Ineffective(report func(why string, key ...string))
 }
 
 // Decoder hands out blocks and passes the warnings on. It is what

@@ -20,6 +20,7 @@ const (
 	Deprecated  Kind = "deprecated"  // works, but has a successor
 	Migrated    Kind = "migrated"    // an older version, or a key that moved
 	Import      Kind = "import"      // a drop-in that cannot be read
+	NoEffect    Kind = "no-effect"   // what it asks for happens without it, or is decided elsewhere
 )
 
 // Warning is one finding about a configuration: where, which key, what.

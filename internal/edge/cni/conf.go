@@ -267,7 +267,7 @@ func (n *Network) UpdatePodCIDR(ctx context.Context, cidrs string) (err error) {
 	for s := range strings.SplitSeq(cidrs, ",") {
 		p, err := netip.ParsePrefix(strings.TrimSpace(s))
 		if err != nil {
-			return fmt.Errorf("range of pods %q: %v: %w", s, err, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("range of pods %.80q is no network such as 10.0.0.0/16: %w", s, errdefs.ErrInvalidArgument)
 		}
 		data.PodCIDRRanges = append(data.PodCIDRRanges, p.String())
 		if p.Addr().Unmap().Is4() {

@@ -48,20 +48,10 @@ type Deps struct {
 	Runtime  cristate.RuntimeConfig
 	// Roots are the directories of snapshotters by name, for ImageFsInfo.
 	Roots map[string]string
-	// Downloads is how many blobs the transfer service fetches at a time, 0 if
-	// not known: what is configured here can be compared with it only.
-	Downloads int
 	// HostsDir is a directory of this service's own, which need not exist. The
 	// deprecated tables of registries are written there as hosts.toml files.
 	HostsDir string
 	Log      *slog.Logger
-}
-
-// Warning is a setting that is deprecated, or has less effect than its name says.
-type Warning struct {
-	// Key is below plugins."io.containerd.cri.v1.images".
-	Key string
-	Why string
 }
 
 // Service is the images. It implements the CRI's ImageService and is safe for
@@ -92,38 +82,36 @@ type target struct {
 	snapshotter string
 }
 
-// New makes the service and tells what of the configuration is better said
-// otherwise or has no effect. It writes to HostsDir and starts nothing.
+// New makes the service. It writes to HostsDir and starts nothing.
 // ErrInvalidArgument, naming the key, for what cannot be understood.
-func New(d Deps) (*Service, []Warning, error) {
+func New(d Deps) (*Service, error) {
 	if d.Log == nil {
 		d.Log = slog.New(slog.DiscardHandler)
 	}
 	d.Config.Snapshotter = cmp.Or(d.Config.Snapshotter, "overlayfs")
 	s := &Service{d: d, index: newIndex(), patience: 5 * time.Second, ready: make(chan struct{})}
-	warnings := ineffective(d)
 	var err error
 	if s.view, err = d.Source.In(cristate.Namespace, ""); err != nil {
-		return nil, warnings, fmt.Errorf("images of the CRI: %w", err)
+		return nil, fmt.Errorf("images of the CRI: %w", err)
 	}
 	s.targets = []target{newTarget(platforms.DefaultSpec(), d.Config.Snapshotter)}
 	for _, h := range slices.Sorted(maps.Keys(d.Config.RuntimePlatforms)) {
 		t, err := s.platformOf(h)
 		if err != nil {
-			return nil, warnings, err
+			return nil, err
 		}
 		if !slices.ContainsFunc(s.targets, func(o target) bool { return platforms.Format(o.platform) == platforms.Format(t.platform) }) {
 			s.targets = append(s.targets, t)
 		}
 	}
 	if s.auths, err = configured(d.Config.Registry); err != nil {
-		return nil, warnings, err
+		return nil, err
 	}
 	if s.hostDir, err = writeHosts(d.Config.Registry, d.HostsDir); err != nil {
-		return nil, warnings, err
+		return nil, err
 	}
 	s.usage = newSampler(s.view, d.Log)
-	return s, warnings, nil
+	return s, nil
 }
 
 func newTarget(p ocispec.Platform, snapshotter string) target {

@@ -94,7 +94,7 @@ func newHouse(t *testing.T) *house {
 // open makes the service and fills its index.
 func (h *house) open() *Service {
 	h.t.Helper()
-	s, _, err := New(h.deps)
+	s, err := New(h.deps)
 	if err != nil {
 		h.t.Fatal(err)
 	}

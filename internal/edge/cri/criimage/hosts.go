@@ -19,28 +19,6 @@ import (
 	"github.com/gantryd/gantry/internal/lib/atomicfile"
 )
 
-// ineffective lists what the configuration asks for in vain.
-func ineffective(d Deps) []Warning {
-	var all []Warning
-	warn := func(is bool, key, format string, args ...any) {
-		if is {
-			all = append(all, Warning{key, fmt.Sprintf(format, args...)})
-		}
-	}
-	c := d.Config
-	const own = `plugins."io.containerd.transfer.v1.local"`
-	warn(c.MaxConcurrentDownloads != d.Downloads && (d.Downloads != 0 || c.MaxConcurrentDownloads != 3), "max_concurrent_downloads",
-		"the limit is that of all pulls together: set max_concurrent_downloads of %s instead", own)
-	warn(c.ConcurrentLayerFetchBuffer != 0, "concurrent_layer_fetch_buffer", "layers are fetched in one piece each, several layers at a time")
-	warn(c.UseLocalImagePull, "use_local_image_pull", "there is one way of pulling, which honours all settings; no other is needed")
-	warn(c.ImageDecryption.KeyModel != "" && c.ImageDecryption.KeyModel != "node", "image_decryption.key_model", "encrypted layers are decrypted by stream processors with keys of the node, or not at all")
-	r := c.Registry
-	warn(len(r.Mirrors) > 0, "registry.mirrors", "deprecated and honoured: hosts.toml files below registry.config_path say the same and take effect without a restart")
-	warn(len(r.Configs) > 0, "registry.configs", "deprecated and honoured: use hosts.toml files below registry.config_path, and a credential provider of the kubelet")
-	warn(len(r.Auths) > 0, "registry.auths", "deprecated and honoured: use a credential provider of the kubelet")
-	return all
-}
-
 // hostsTable is what a hosts.toml says of one host (contract 6.2.2).
 type hostsTable struct {
 	Server       string      `toml:"server,omitempty"`

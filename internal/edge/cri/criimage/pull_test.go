@@ -174,16 +174,9 @@ func TestMirror(t *testing.T) {
 		Configs: map[string]cristate.RegistryHost{mirror.Host(): {Auth: &cristate.RegistryAuth{Username: "m", Password: "mirror's"}}},
 		Headers: map[string][]string{"X-Meta": {"v"}},
 	}
-	s, warnings, err := New(h.deps)
+	s, err := New(h.deps)
 	if err != nil {
 		t.Fatal(err)
-	}
-	var keys []string
-	for _, w := range warnings {
-		keys = append(keys, w.Key)
-	}
-	if !slices.Equal(keys, []string{"registry.mirrors", "registry.configs"}) {
-		t.Errorf("warnings %v", warnings)
 	}
 	auth := &runtime.AuthConfig{Username: "r", Password: "registry's"}
 	pullOf(t, s, reg.Host()+"/app:1", auth)
@@ -272,31 +265,6 @@ func TestHostsFiles(t *testing.T) {
 	} {
 		if _, err := writeHosts(bad, dir); !errdefs.IsInvalidArgument(err) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%v: %v", bad, err)
-		}
-	}
-}
-
-// Each setting that does less than it says is told by its key.
-//
-// contract: 7.2.1
-func TestWarnings(t *testing.T) {
-	if w := ineffective(Deps{Config: cristate.DefaultImagesConfig()}); len(w) != 0 {
-		t.Errorf("of the defaults: %v", w)
-	}
-	for key, set := range map[string]func(*cristate.ImagesConfig){
-		"max_concurrent_downloads":      func(c *cristate.ImagesConfig) { c.MaxConcurrentDownloads = 10 },
-		"concurrent_layer_fetch_buffer": func(c *cristate.ImagesConfig) { c.ConcurrentLayerFetchBuffer = 1 << 20 },
-		"use_local_image_pull":          func(c *cristate.ImagesConfig) { c.UseLocalImagePull = true },
-		"image_decryption.key_model":    func(c *cristate.ImagesConfig) { c.ImageDecryption.KeyModel = "x" },
-		"registry.auths":                func(c *cristate.ImagesConfig) { c.Registry.Auths = map[string]cristate.RegistryAuth{"x": {}} },
-	} {
-		c := cristate.DefaultImagesConfig()
-		set(&c)
-		if w := ineffective(Deps{Config: c}); len(w) != 1 || w[0].Key != key || w[0].Why == "" {
-			t.Errorf("%s: %v", key, w)
-		}
-		if w := ineffective(Deps{Config: c, Downloads: 10}); key == "max_concurrent_downloads" && len(w) != 0 {
-			t.Errorf("%s: %v", key, w)
 		}
 	}
 }

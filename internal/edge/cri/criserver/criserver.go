@@ -10,6 +10,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"math"
+	"net"
 	goruntime "runtime"
 	"slices"
 	"strings"
@@ -151,6 +153,8 @@ func (g gate) RegisterService(desc *grpc.ServiceDesc, impl any) {
 			if err := g.opened(); err != nil {
 				return nil, errgrpc.ToGRPC(err)
 			}
+			ctx, cancel := early(ctx)
+			defer cancel()
 			return m.Handler(srv, ctx, dec, in)
 		}
 	}
@@ -547,7 +551,30 @@ func checkPod(c *runtime.PodSandboxConfig) error {
 	if err := checkMaps(c.Labels, c.Annotations); err != nil {
 		return err
 	}
+	if len(c.Hostname) > maxHostname || strings.ContainsFunc(c.Hostname, func(r rune) bool { return r <= ' ' || r == '/' || r == 0x7f }) {
+		return fmt.Errorf("config.hostname %.80q has more than %d bytes, or a space, slash or control character in it: %w", c.Hostname, maxHostname, errdefs.ErrInvalidArgument)
+	}
+	for i, p := range c.PortMappings {
+		if err := checkPort(p); err != nil {
+			return fmt.Errorf("config.port_mappings[%d]: %w", i, err)
+		}
+	}
 	return checkNames("pod sandbox metadata", map[string]string{"name": m.Name, "namespace": m.Namespace, "uid": m.Uid})
+}
+
+// maxHostname is the kernel's limit.
+const maxHostname = 64
+
+func checkPort(p *runtime.PortMapping) error {
+	_, known := runtime.Protocol_name[int32(p.GetProtocol())]
+	ok := func(port int32) bool { return port >= 0 && port <= math.MaxUint16 }
+	if p == nil || !known || !ok(p.ContainerPort) || !ok(p.HostPort) {
+		return fmt.Errorf("port %d of the host to %d, protocol %s: %w", p.GetHostPort(), p.GetContainerPort(), p.GetProtocol(), errdefs.ErrInvalidArgument)
+	}
+	if p.HostIp != "" && net.ParseIP(p.HostIp) == nil {
+		return fmt.Errorf("host_ip %.80q is no address: %w", p.HostIp, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 func checkContainer(c *runtime.ContainerConfig) error {

@@ -111,6 +111,45 @@ type ImagesConfig struct {
 	} `toml:"image_decryption"`
 }
 
+// Ineffective reports the settings that do nothing, or less than they say.
+func (c *ImagesConfig) Ineffective(report func(why string, key ...string)) {
+	if d := DefaultImagesConfig().MaxConcurrentDownloads; c.MaxConcurrentDownloads != d {
+		report(`the limit is that of all pulls together, max_concurrent_downloads of plugins.'io.containerd.transfer.v1.local'`, "max_concurrent_downloads")
+	}
+	if c.ConcurrentLayerFetchBuffer != 0 {
+		report("a layer is fetched in one piece, several layers at a time", "concurrent_layer_fetch_buffer")
+	}
+	if c.ImagePullWithSyncFS {
+		report(`what is synced is the same for all clients, sync_fs of plugins.'io.containerd.service.v1.diff-service'`, "image_pull_with_sync_fs")
+	}
+	if c.UseLocalImagePull {
+		report("there is one way of pulling, which honours all settings", "use_local_image_pull")
+	}
+	if c.ImageDecryption.KeyModel != "" && c.ImageDecryption.KeyModel != "node" {
+		report("encrypted layers are decrypted by stream processors with keys of the node, or not at all", "image_decryption", "key_model")
+	}
+}
+
+// Ineffective reports the settings of runtime handlers that do nothing.
+func (c *RuntimeConfig) Ineffective(report func(why string, key ...string)) {
+	for name, r := range c.Containerd.Runtimes {
+		at := func(why string, key ...string) {
+			report(why, append([]string{"containerd", "runtimes", name}, key...)...)
+		}
+		if r.IOType != "" && r.IOType != "fifo" {
+			at("streams are files and FIFOs", "io_type")
+		}
+		switch r.Sandboxer {
+		case "", SandboxerPodSandbox, SandboxerPauseless, SandboxerShim:
+		default:
+			at(fmt.Sprintf("there is no such sandboxer; pods of this handler are refused (there are %s, %s and %s)", SandboxerPodSandbox, SandboxerPauseless, SandboxerShim), "sandboxer")
+		}
+		for _, option := range r.unknownOptions() {
+			at("the runtime has no such option", "options", option)
+		}
+	}
+}
+
 // RuntimePlatform says what a runtime handler's images are unpacked for.
 type RuntimePlatform struct {
 	Platform    string `toml:"platform"`

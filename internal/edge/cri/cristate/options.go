@@ -2,6 +2,7 @@ package cristate
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -23,7 +24,8 @@ const runcType = "io.containerd.runc.v2"
 
 // Record makes of a handler what container and sandbox records hold. The
 // options are written in the file by the names of the message's fields, as in
-// BinaryName. ErrInvalidArgument names the one that is wrong.
+// BinaryName; one that the runtime does not know is left out, as older files
+// have some. ErrInvalidArgument names the one whose value is wrong.
 func (r Runtime) Record() (container.Runtime, error) {
 	out := container.Runtime{Name: r.Type}
 	if r.Path != "" {
@@ -45,17 +47,9 @@ func (r Runtime) Record() (container.Runtime, error) {
 		}
 	}
 	msg := m.ProtoReflect()
-	fields := msg.Descriptor().Fields()
-	var unknown []string
 	for key, v := range r.Options {
-		var field protoreflect.FieldDescriptor
-		for i := range fields.Len() {
-			if camel(string(fields.Get(i).Name())) == key {
-				field = fields.Get(i)
-			}
-		}
+		field := fieldOf(msg.Descriptor(), key)
 		if field == nil {
-			unknown = append(unknown, key)
 			continue
 		}
 		value, ok := convert(field.Kind(), v)
@@ -64,16 +58,33 @@ func (r Runtime) Record() (container.Runtime, error) {
 		}
 		msg.Set(field, value)
 	}
-	if len(unknown) > 0 && r.Type == runcType {
-		slices.Sort(unknown)
-		return out, fmt.Errorf("runtime %s has no options %q: %w", r.Type, unknown, errdefs.ErrInvalidArgument)
-	}
 	data, err := proto.Marshal(m)
 	if err != nil {
 		return out, fmt.Errorf("options of runtime %s: %v: %w", r.Type, err, errdefs.ErrInvalidArgument)
 	}
 	out.Options = typed.Any{URL: string(msg.Descriptor().FullName()), Value: data}
 	return out, nil
+}
+
+func fieldOf(d protoreflect.MessageDescriptor, option string) protoreflect.FieldDescriptor {
+	for i := range d.Fields().Len() {
+		if f := d.Fields().Get(i); camel(string(f.Name())) == option {
+			return f
+		}
+	}
+	return nil
+}
+
+// unknownOptions are those of runc that there are not; of what other runtimes
+// have, only they know.
+func (r Runtime) unknownOptions() []string {
+	var out []string
+	for _, key := range slices.Sorted(maps.Keys(r.Options)) {
+		if r.Type == runcType && fieldOf((&runcoptions.Options{}).ProtoReflect().Descriptor(), key) == nil {
+			out = append(out, key)
+		}
+	}
+	return out
 }
 
 // camel makes BinaryName of binary_name.

@@ -1,6 +1,7 @@
 package cristate
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -31,9 +32,46 @@ func TestRuntimeRecord(t *testing.T) {
 	if rec, err = (Runtime{Type: "io.containerd.runc.v2"}).Record(); err != nil || !rec.Options.IsZero() {
 		t.Errorf("%v %v", rec, err)
 	}
-	for name, opts := range map[string]map[string]any{"NoSuch": {"NoSuch": 1}, "IoUid": {"IoUid": int64(-1)}, "BinaryName": {"BinaryName": true}} {
+	for name, opts := range map[string]map[string]any{"IoUid": {"IoUid": int64(-1)}, "BinaryName": {"BinaryName": true}} {
 		if _, err := (Runtime{Type: "io.containerd.runc.v2", Options: opts}).Record(); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Every setting that does nothing is told by its path, and nothing of the
+// defaults is; older files' options of runc do not keep a handler from working.
+//
+// contract: 13.37
+// promise: P37
+func TestIneffective(t *testing.T) {
+	images, runtimes := DefaultImagesConfig(), DefaultRuntimeConfig()
+	var got []string
+	report := func(why string, key ...string) {
+		if why == "" {
+			t.Errorf("%q: no reason", key)
+		}
+		got = append(got, strings.Join(key, " "))
+	}
+	images.Ineffective(report)
+	runtimes.Ineffective(report)
+	if len(got) > 0 {
+		t.Errorf("of the defaults: %q", got)
+	}
+	images.MaxConcurrentDownloads, images.ConcurrentLayerFetchBuffer, images.ImagePullWithSyncFS, images.UseLocalImagePull = 10, 1, true, true
+	images.ImageDecryption.KeyModel = "x"
+	old := Runtime{Type: "io.containerd.runc.v2", IOType: "streaming", Sandboxer: "x", Options: map[string]any{"CriuPath": "", "BinaryName": "crun"}}
+	runtimes.Containerd.Runtimes = map[string]Runtime{"a.b": old, "other": {Type: "io.containerd.kata.v2", Options: map[string]any{"CriuPath": ""}}}
+	images.Ineffective(report)
+	runtimes.Ineffective(report)
+	want := []string{"max_concurrent_downloads", "concurrent_layer_fetch_buffer", "image_pull_with_sync_fs", "use_local_image_pull", "image_decryption key_model",
+		"containerd runtimes a.b io_type", "containerd runtimes a.b sandboxer", "containerd runtimes a.b options CriuPath"}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	rec, err := old.Record()
+	var o runcoptions.Options
+	if err != nil || proto.Unmarshal(rec.Options.Value, &o) != nil || o.BinaryName != "crun" {
+		t.Errorf("%v %v", &o, err)
 	}
 }
