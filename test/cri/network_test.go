@@ -486,6 +486,7 @@ func TestHandlerNetworks(t *testing.T) {
 // contract: 7.1.5
 // promise: P5, P22
 func TestSlowNetwork(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n := networked(t)
 	hold := n.Dir + "/hold"
 	write(t, hold, "")

@@ -261,7 +261,9 @@ func (s *Service) measureLayers(ctx context.Context) {
 		begin := time.Now()
 		u, err := s.o.Usage(limited, f.Snapshotter, f.SnapshotKey)
 		end := time.Now()
-		wait := max(s.o.LayerPeriod, min(maxLayerWait, layerShare*end.Sub(begin)))
+		// One that is new changes most: it is looked at sooner.
+		age := end.Sub(time.Unix(0, m.c.Status().CreatedAt))
+		wait := max(s.o.Period, min(s.o.LayerPeriod, age), min(maxLayerWait, layerShare*end.Sub(begin)))
 		if !isRunning(m.c.Status()) {
 			wait = max(wait, maxSkip*s.o.LayerPeriod)
 		}
