@@ -33,6 +33,7 @@ import (
 type bench struct {
 	reg          *testimage.Registry
 	small, large string   // references
+	pause        string
 	many         []string // by round
 	round        int      // that is under way
 	quick        int      // divides the number of operations
@@ -58,7 +59,7 @@ func main() {
 	if err == nil {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
-		ctx, cancel := context.WithTimeout(withNamespace(ctx), 10*time.Minute)
+		ctx, cancel := context.WithTimeout(withNamespace(ctx), 20*time.Minute)
 		defer cancel()
 		err = run(ctx, chosen, max(1, *rounds), max(1, *quick), *write)
 	}
@@ -107,7 +108,7 @@ func run(ctx context.Context, chosen []work, rounds, quick int, write bool) (err
 		ref  *string
 		name string
 		make func() (*testimage.Image, error)
-	}{{&b.small, "small", small}, {&b.large, "large", large}} {
+	}{{&b.small, "small", small}, {&b.large, "large", large}, {&b.pause, "pause", testimage.NewPause}} {
 		img, err := i.make()
 		if err != nil {
 			return err

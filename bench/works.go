@@ -46,6 +46,8 @@ func works() []work {
 		{"records", []row{{"container record, create and delete, 4 writers", "ms"}}, 0, records},
 		{"blobs", []row{{"blob of 4 KiB, 4 writers", "ms"}}, 0, blobs},
 		{"fleet", []row{{"cold start to first answer", "ms"}, {"daemon's RSS, empty", "MiB"}, {"daemon's RSS, 20 containers", "MiB"}, {"PSS of an idle shim", "MiB"}, {"kill -9 to first list of 20 tasks", "ms"}}, 3, fleet},
+		{"pods", podRows("both with pause"), 3, func(ctx context.Context, b *bench, d *daemon) ([]sample, error) { return pods(ctx, b, d, "runc") }},
+		{"pauseless", podRows("gantry's without pause"), 3, func(ctx context.Context, b *bench, d *daemon) ([]sample, error) { return pods(ctx, b, d, "pauseless") }},
 	}
 }
 

@@ -149,7 +149,10 @@ func (d *Daemon) Configure(version int, more string) error {
 		config += fmt.Sprintf("[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n",
 			d.Address(), d.Address()+".ttrpc", d.Dir+"/shims")
 	} else {
-		config += fmt.Sprintf("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = %q\n", d.Address())
+		if !d.CRI {
+			config += "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n"
+		}
+		config += fmt.Sprintf("[grpc]\naddress = %q\n", d.Address())
 	}
 	return os.WriteFile(d.Dir+"/config.toml", []byte(config+more+"\n"), 0o600)
 }
