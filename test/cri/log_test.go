@@ -245,6 +245,14 @@ func rotate(t *testing.T, c *critest.Container, n int) string {
 // chatter prints numbers, one a line, until /end exists, and then the last.
 const chatter = `i=0; while [ $i -lt 1000 ] || ! [ -e /end ]; do i=$((i+1)); echo $i; done; echo $((i+1))`
 
+// finish makes /end. The container may end before the command does.
+func finish(t *testing.T, c *critest.Container) {
+	t.Helper()
+	if _, err := execSync(c, 30, "touch /end"); err != nil {
+		t.Error(err)
+	}
+}
+
 // rotated checks that rotations in the middle of heavy output lose and repeat
 // nothing.
 func rotated(t *testing.T, c *critest.Container) {
@@ -257,7 +265,7 @@ func rotated(t *testing.T, c *critest.Container) {
 		})
 		files = append(files, rotate(t, c, n))
 	}
-	c.Exec("touch /end")
+	finish(t, c)
 	if st := c.Wait(); st.ExitCode != 0 {
 		t.Error(st)
 	}
@@ -372,7 +380,7 @@ func TestForeignShim(t *testing.T) {
 			before := len(c.Log())
 			critest.Eventually(t, "output", func() bool { return len(c.Log()) > before })
 		}
-		c.Exec("touch /end")
+		finish(t, c)
 		if st := c.Wait(); st.ExitCode != 9 {
 			t.Errorf("%v", st)
 		}
