@@ -566,6 +566,9 @@ func (a *app) psCommand() *cobra.Command {
 			if a.all {
 				header += "|NAMESPACE"
 			}
+			if len(list) == 0 && len(filters) == 0 {
+				defer a.elsewhere(ctx, "ps", hasContainers)
+			}
 			if kube {
 				header, rows = a.squeeze(header, rows, "COMMAND", "CREATED", "IMAGE")
 			}

@@ -377,6 +377,9 @@ func (a *app) imagesCommand() *cobra.Command {
 			if quiet {
 				return nil
 			}
+			if len(list) == 0 && len(args) == 0 {
+				defer a.elsewhere(ctx, "images", hasImages)
+			}
 			header := "NAME|DIGEST|SIZE|PLATFORM|UPDATED"
 			if a.all {
 				header = "NAMESPACE|" + header

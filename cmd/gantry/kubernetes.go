@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"time"
@@ -10,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/term"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/client"
@@ -115,4 +118,37 @@ func (a *app) kubernetesEnds(ctx context.Context, rows []containerRow) error {
 		})
 	}
 	return g.Wait()
+}
+
+// errFound ends a walk that has seen enough.
+var errFound = errors.New("found")
+
+// elsewhere tells somebody who looks at an empty list on a terminal which
+// other namespaces have something to show: pods are in k8s.io, for example.
+func (a *app) elsewhere(ctx context.Context, command string, has func(context.Context, view.View) bool) {
+	if a.all || a.format == "json" || !term.IsTerminal(int(a.out.Fd())) {
+		return
+	}
+	// The hint is worth a moment, not more.
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	list, err := a.client.Namespaces().List(ctx)
+	if err != nil {
+		return
+	}
+	for _, ns := range list {
+		if v, err := a.client.In(ns.ID, ""); string(ns.ID) != a.namespace && err == nil && has(ctx, v) {
+			fmt.Fprintf(a.err, "hint: namespace %s has some: gantry -n %s %s, or gantry %s -A\n", ns.ID, ns.ID, command, command)
+			return
+		}
+	}
+}
+
+func hasContainers(ctx context.Context, v view.View) bool {
+	return errors.Is(v.Containers().Walk(ctx, func(container.Container) error { return errFound }), errFound)
+}
+
+func hasImages(ctx context.Context, v view.View) bool {
+	list, err := v.Images().List(ctx)
+	return err == nil && len(list) > 0
 }

@@ -123,6 +123,9 @@ func (a *app) podExecCommand() *cobra.Command {
 			return exitError(code, err)
 		},
 	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		return &hinted{err, "flags of the command go behind --: gantry pod exec POD -- COMMAND -FLAG"}
+	})
 	f := cmd.Flags()
 	f.BoolVarP(&interactive, "interactive", "i", false, "connect standard input")
 	f.BoolVarP(&tty, "tty", "t", false, "give it a terminal")
@@ -505,7 +508,9 @@ func (p *pods) forward(ctx context.Context, pod string, port uint16, c net.Conn)
 		io.Copy(data, c)
 		data.Close()
 	}()
-	io.Copy(c, data)
+	if _, err := io.Copy(c, data); err != nil {
+		return nil // who asked has gone
+	}
 	if half, ok := c.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
