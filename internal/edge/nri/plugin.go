@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	nrinet "github.com/containerd/nri/pkg/net"
 	"github.com/containerd/nri/pkg/net/multiplex"
+	nriversion "github.com/containerd/nri/pkg/version"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -169,7 +170,7 @@ func (p *plug) configure(ctx context.Context) error {
 	var answer *api.ConfigureResponse
 	err := p.call(ctx, "Configure", c.RequestTimeout, func(ctx context.Context) (err error) {
 		answer, err = p.client.Configure(ctx, &api.ConfigureRequest{Config: p.config, RuntimeName: "containerd", RuntimeVersion: p.host.Version,
-			RegistrationTimeout: c.RegistrationTimeout.Milliseconds(), RequestTimeout: c.RequestTimeout.Milliseconds()})
+			RegistrationTimeout: c.RegistrationTimeout.Milliseconds(), RequestTimeout: c.RequestTimeout.Milliseconds(), NRIVersion: nriversion.GetFromBuildInfo()})
 		return err
 	})
 	if err != nil {
