@@ -32,7 +32,7 @@ import (
 // bench is what the works share.
 type bench struct {
 	reg          *testimage.Registry
-	small, large string   // references
+	small, large string // references
 	pause        string
 	many         []string // by round
 	round        int      // that is under way
