@@ -370,6 +370,11 @@ if [ "$CNI_COMMAND" = ADD ]; then
   : > %[1]s/holding
   while [ -e %[1]s/hold ]; do sleep 0.02; done
 fi
+if [ "$CNI_COMMAND" = DEL ] && [ -e %[1]s/refuse ]; then
+  rm -f %[1]s/told.$$
+  echo '{"cniVersion":"1.0.0","code":11,"msg":"not now"}'
+  exit 1
+fi
 /usr/lib/cni/bridge < %[1]s/told.$$
 code=$?
 rm -f %[1]s/told.$$
@@ -383,6 +388,7 @@ exit $code
 			t.Logf("the end of the daemon's log:\n%s", n.Log(8<<10))
 		}
 		os.Remove(n.Dir + "/hold")
+		os.Remove(n.Dir + "/refuse")
 		n.Clear(t)
 		if err := n.Stop(); err != nil {
 			t.Error(err)
@@ -573,6 +579,48 @@ func TestSlowNetwork(t *testing.T) {
 		t.Errorf("a retry after all: %v", err)
 	} else {
 		(&critest.Pod{Node: n, T: t, ID: id, Config: c}).Remove()
+	}
+}
+
+// A network that cannot be taken away now is not forgotten: the kubelet is told
+// which plugin says no, and when it gives in, also after a restart with another
+// configuration, the addresses are free.
+//
+// contract: 7.1.6, 7.1.7, 7.3.30
+// promise: P22
+func TestStubbornNetwork(t *testing.T) {
+	n := networked(t)
+	p := n.Pod(t, "hold")
+	ip := p.Status().Status.Network.Ip
+	write(t, n.Dir+"/refuse", "")
+	refused := func() {
+		t.Helper()
+		_, stop := n.RT.StopPodSandbox(critest.Context(t), &runtime.StopPodSandboxRequest{PodSandboxId: p.ID})
+		_, remove := n.RT.RemovePodSandbox(critest.Context(t), &runtime.RemovePodSandboxRequest{PodSandboxId: p.ID})
+		for _, err := range []error{stop, remove} {
+			if err == nil || !strings.Contains(err.Error(), "not now") || !strings.Contains(err.Error(), `"hold"`) {
+				t.Errorf("%v", err)
+			}
+		}
+		if st := p.Status().Status; st.State != runtime.PodSandboxState_SANDBOX_NOTREADY {
+			t.Errorf("%v", st)
+		}
+		if !slices.Contains(n.Addresses(), ip) {
+			t.Errorf("%s is not given away any more", ip)
+		}
+	}
+	refused()
+	// The plugin's list is another one now; the pod's is that which it was made with.
+	write(t, n.Dir+"/cni-hold/10-net.conflist", `{"cniVersion":"1.0.0","name":"later","plugins":[{"type":"loopback"}]}`)
+	n.Kill()
+	if err := n.Start(); err != nil {
+		t.Fatal(err)
+	}
+	refused()
+	os.Remove(n.Dir + "/refuse")
+	p.Remove()
+	if slices.Contains(n.Addresses(), ip) {
+		t.Errorf("%s is not given back", ip)
 	}
 }
 

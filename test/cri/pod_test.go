@@ -235,6 +235,37 @@ func TestPodLifeCycle(t *testing.T) {
 	}
 }
 
+// contract: 7.1.10
+func TestPodResources(t *testing.T) {
+	n := node(t)
+	v := k8s(t, n)
+	update := func(id string) error {
+		_, err := n.RT.UpdatePodSandboxResources(critest.Context(t), &runtime.UpdatePodSandboxResourcesRequest{PodSandboxId: id,
+			Overhead: &runtime.LinuxContainerResources{CpuShares: 77}, Resources: &runtime.LinuxContainerResources{MemoryLimitInBytes: 123 << 20}})
+		return err
+	}
+	for _, handler := range n.Handlers {
+		p := n.Pod(t, handler)
+		if err := update(p.ID); err != nil {
+			t.Errorf("%s: %v", handler, err)
+		}
+		rec, err := v.Sandboxes().Get(critest.Context(t), p.ID)
+		var got struct {
+			Overhead, Resources *runtime.LinuxContainerResources
+		}
+		if err != nil || json.Unmarshal(rec.Extensions["io.containerd.cri.v1/UpdatedResources"].Value, &got) != nil || got.Overhead.GetCpuShares() != 77 || got.Resources.GetMemoryLimitInBytes() != 123<<20 {
+			t.Errorf("%s: %v %v", handler, rec, err)
+		}
+		p.Stop()
+		if err := update(p.ID); !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
+			t.Errorf("%s: a stopped pod: %v", handler, err)
+		}
+	}
+	if err := update("ffff0000"); !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		t.Errorf("%v", err)
+	}
+}
+
 // What was never there is stopped and removed; what is asked about it is not found.
 //
 // contract: 13.26, 7.1.6, 7.1.7, 7.1.13, 7.1.14
