@@ -33,13 +33,14 @@ import (
 	"github.com/gantryd/gantry/internal/edge/wire/snapshotrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/taskrpc"
 	"github.com/gantryd/gantry/internal/edge/wire/transferrpc"
+	"github.com/gantryd/gantry/test/critest"
 	"github.com/gantryd/gantry/test/daemontest"
 )
 
 // binDir has gantryd and its shim.
 var binDir string
 
-func TestMain(m *testing.M) { os.Exit(daemontest.Main(m, "../..", &binDir)) }
+func TestMain(m *testing.M) { os.Exit(critest.Main(m, "../..", &binDir)) }
 
 // snapshotters are those that every test host has.
 var snapshotters = []string{"overlayfs", "native"}
@@ -71,12 +72,19 @@ func start(t *testing.T, extra ...string) *daemon {
 		t.Fatal(err)
 	}
 	t.Cleanup(d.end)
-	var err error
-	if d.conn, err = grpc.NewClient("unix://"+d.Address(), wire.DialOptions()...); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { d.conn.Close() })
+	d.conn = d.dial()
 	return d
+}
+
+// dial connects for the length of the test.
+func (d *daemon) dial() *grpc.ClientConn {
+	d.t.Helper()
+	conn, err := grpc.NewClient("unix://"+d.Address(), wire.DialOptions()...)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { conn.Close() })
+	return conn
 }
 
 // end stops the daemon and complains about what should not be.
@@ -203,7 +211,7 @@ func (d *daemon) inventory() []string {
 			add("%s: task %s %s", id, p.ContainerID, p.Status)
 		}
 	}
-	for _, sub := range []string{"root", "state", "shims", "tmp", "canary"} {
+	for _, sub := range []string{"root", "state", "shims", "tmp", "canary", "ipam"} {
 		err := filepath.WalkDir(filepath.Join(d.Dir, sub), func(p string, e fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil

@@ -94,7 +94,7 @@ func methods() []protoreflect.MethodDescriptor {
 // endless methods have no answer until something happens.
 func endless(m protoreflect.MethodDescriptor) bool {
 	switch m.FullName() {
-	case "containerd.services.events.v1.Events.Subscribe", "containerd.services.streaming.v1.Streaming.Stream", "grpc.health.v1.Health.Watch":
+	case "containerd.services.events.v1.Events.Subscribe", "containerd.services.streaming.v1.Streaming.Stream", "grpc.health.v1.Health.Watch", "runtime.v1.RuntimeService.GetContainerEvents":
 		return true
 	}
 	return false
