@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -318,9 +319,19 @@ func (n *Node) Left() []string {
 	return left
 }
 
+// slow is by how much more than usual is waited, on machines where that is
+// needed: GANTRY_SLOW, 1 by default.
+func slow() time.Duration {
+	n, err := strconv.Atoi(os.Getenv("GANTRY_SLOW"))
+	if err != nil {
+		return 1
+	}
+	return time.Duration(max(n, 1))
+}
+
 // Context ends with the test and after a minute.
 func Context(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), slow()*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -569,10 +580,10 @@ func (c *Container) Remove() {
 // Eventually waits at most 20 s for cond.
 func Eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(slow() * 20 * time.Second)
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 20 s", what)
+			t.Fatalf("%s: not within %v", what, slow()*20*time.Second)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

@@ -1,0 +1,133 @@
+//go:build linux
+
+// Package vm runs the suites that need another kernel than the host's in a
+// virtual machine: cgroup v2 alone, AppArmor, id-mapped mounts.
+package vm
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// chosen are tests of ../cri that show what the host's kernel may not: all of
+// them have to pass, a skip is a failure. The handlers are runc, pauseless and crun.
+var chosen = []string{"TestHello", "TestAppArmorConfines", "TestUnifiedLimits", "TestCgroupWritable", "TestExecGroups", "TestOOMKilled", "TestUserNamespace"}
+
+// The conformance suite of Kubernetes' interface in a guest with Debian's
+// kernel. GANTRY_VM=1 runs what differs there, in about five minutes of an idle
+// machine; GANTRY_VM=all runs the whole suite, GANTRY_VM=TestX,TestY those.
+//
+// contract: 7.3.3, 7.3.5, 7.3.13, 7.3.14, 7.1.18, 7.1.20, 10.6, 10.8
+// promise: P17
+func TestGuest(t *testing.T) {
+	which := os.Getenv("GANTRY_VM")
+	if which == "" {
+		t.Skip("a guest takes minutes: make vm, or GANTRY_VM=1")
+	}
+	if out, err := exec.Command("./guest", "check").CombinedOutput(); err != nil {
+		t.Skipf("no guest can be run: %s", out)
+	}
+	names, pattern, within := chosen, "", 25*time.Minute
+	switch which {
+	case "1":
+	case "all":
+		names, pattern, within = nil, ".", 3*time.Hour
+	default:
+		names = strings.Split(which, ",")
+	}
+	if pattern == "" {
+		pattern = "^(" + strings.Join(names, "|") + ")$"
+	}
+	if deadline, ok := t.Deadline(); ok {
+		within = min(within, time.Until(deadline)-30*time.Second)
+	}
+
+	dir := t.TempDir()
+	for _, args := range [][]string{
+		{"build", "-tags", "seccomp", "-o", dir + "/bin/", "./cmd/gantryd", "./cmd/containerd-shim-runc-v2"},
+		{"test", "-c", "-tags", "seccomp", "-o", dir + "/bin/cri.test", "./test/cri"},
+	} {
+		build := exec.Command("go", args...)
+		build.Dir = "../.."
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", build, err, out)
+		}
+	}
+	job := fmt.Sprintf("export GANTRY_BIN=/data/bin GANTRY_SLOW=10\ncd /data/t && /data/bin/cri.test -test.v -test.timeout %v -test.run '%s' 2>&1 | tee /data/out/log\nexit ${PIPESTATUS[0]}\n", within, pattern)
+	if err := os.WriteFile(dir+"/job", []byte(job), 0o755); err != nil {
+		t.Fatal(err)
+	}
+
+	ctx, cancel := context.WithTimeout(context.Background(), within+20*time.Second)
+	defer cancel()
+	begin := time.Now()
+	guest := exec.CommandContext(ctx, "./guest", "run", dir, fmt.Sprint(int(within.Seconds())))
+	guest.Cancel = func() error { return guest.Process.Signal(os.Interrupt) }
+	guest.WaitDelay = 10 * time.Second
+	console, err := os.Create(filepath.Join(dir, "console"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
+	guest.Stdout, guest.Stderr = console, console
+	runErr := guest.Run()
+	log, err := os.ReadFile(dir + "/out/log")
+	if err != nil || len(log) == 0 {
+		log, _ = os.ReadFile(console.Name()) // the guest has not come to its end
+	}
+	t.Logf("the guest ran for %v", time.Since(begin).Round(time.Second))
+
+	results := parse(string(log))
+	for _, name := range names {
+		if _, ok := results[name]; !ok {
+			t.Errorf("%s was not run to its end", name)
+		}
+	}
+	failed := runErr != nil
+	for name, result := range results {
+		t.Run(name, func(t *testing.T) {
+			switch {
+			case result == "FAIL", result == "SKIP" && names != nil:
+				t.Error(result)
+			case result == "SKIP":
+				t.Skip("in the guest too")
+			}
+		})
+	}
+	if failed || t.Failed() {
+		t.Errorf("the guest: %v\n%s", runErr, tail(string(log), 60<<10))
+	}
+}
+
+var resultLine = regexp.MustCompile(`^--- (PASS|FAIL|SKIP): (\S+) \(`)
+
+// parse reads the results of tests, those of subtests not among them.
+func parse(log string) map[string]string {
+	out := map[string]string{}
+	lines := bufio.NewScanner(strings.NewReader(log))
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		if m := resultLine.FindStringSubmatch(strings.TrimRight(lines.Text(), "\r")); m != nil {
+			out[m[2]] = m[1]
+		}
+	}
+	return out
+}
+
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }
+
+// A guest that is not there is not taken for one that has passed.
+func TestParse(t *testing.T) {
+	got := parse("=== RUN   TestA\n    x_test.go:1: no\n--- FAIL: TestA (0.1s)\n    --- PASS: TestA/b (0.1s)\r\n--- PASS: TestB (2.00s)\r\n--- SKIP: TestC (0.00s)\n")
+	if len(got) != 3 || got["TestA"] != "FAIL" || got["TestB"] != "PASS" || got["TestC"] != "SKIP" {
+		t.Errorf("%v", got)
+	}
+}
