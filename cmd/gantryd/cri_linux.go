@@ -328,8 +328,8 @@ func podLabels(c cristate.RuntimeConfig) cripod.Labels {
 
 type labels struct{}
 
-func (labels) Make(cfg *runtime.PodSandboxConfig) (process, mount string, err error) {
-	return crispec.Labels(cfg.GetLinux().GetSecurityContext().GetSelinuxOptions(), "", false)
+func (labels) Make(cfg *runtime.PodSandboxConfig, vm bool) (process, mount string, err error) {
+	return crispec.Labels(cfg.GetLinux().GetSecurityContext().GetSelinuxOptions(), "", vm)
 }
 func (labels) Reserve(process string) { selinux.ReserveLabel(process) }
 func (labels) Release(process string) { selinux.ReleaseLabel(process) }

@@ -248,7 +248,7 @@ func TestOOMKilled(t *testing.T) {
 	}
 	body := func(t *testing.T, p *critest.Pod) {
 		neighbour := p.Run("sleep 600", limit)
-		for range 5 {
+		for range 3 {
 			check(t, "first process", p.Run("exec "+eatMemory, limit), "OOMKilled", 137)
 		}
 		check(t, "child", p.Run(eatMemory+"; exit 3", limit), "OOMKilled", 3)
@@ -263,7 +263,7 @@ func TestOOMKilled(t *testing.T) {
 		}
 		c.Stop(0)
 		check(t, "exec", c, "OOMKilled", 137)
-		for range 3 {
+		for range 2 {
 			k := p.Run("sleep 600", limit)
 			if err := syscall.Kill(containerPid(t, k), syscall.SIGKILL); err != nil {
 				t.Fatal(err)

@@ -57,7 +57,7 @@ func (s *Service) spec(ctx context.Context, meta *cristate.ContainerMeta, pod *c
 		return nil, err
 	}
 	if in.Host.SELinux {
-		if in.ProcessLabel, in.MountLabel, err = crispec.Labels(sc.GetSelinuxOptions(), pm.ProcessLabel, false); err != nil {
+		if in.ProcessLabel, in.MountLabel, err = crispec.Labels(sc.GetSelinuxOptions(), pm.ProcessLabel, handler.VM()); err != nil {
 			return nil, err
 		}
 		meta.ProcessLabel = in.ProcessLabel

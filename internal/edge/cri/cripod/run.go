@@ -142,7 +142,7 @@ func (m *making) make(ctx context.Context, st *attempt.Stage) error {
 	meta := m.pod.Meta()
 	id, cfg := meta.ID, meta.Config
 	if m.Labels != nil {
-		process, mount, err := m.Labels.Make(cfg)
+		process, mount, err := m.Labels.Make(cfg, m.rt.VM())
 		if err != nil {
 			return fmt.Errorf("choose an SELinux label: %w", err)
 		}

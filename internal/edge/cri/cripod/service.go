@@ -62,8 +62,9 @@ type NRI interface {
 
 // Labels are those of SELinux.
 type Labels interface {
-	// Make chooses a pod's labels; both may be "".
-	Make(cfg *runtime.PodSandboxConfig) (process, mount string, err error)
+	// Make chooses a pod's labels; both may be "". vm says that its runtime runs
+	// virtual machines.
+	Make(cfg *runtime.PodSandboxConfig, vm bool) (process, mount string, err error)
 	// Reserve keeps a label that is in use from being chosen again, until Release.
 	Reserve(process string)
 	Release(process string)

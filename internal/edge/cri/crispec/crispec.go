@@ -273,10 +273,9 @@ func (in ContainerInput) spec() (*specs.Spec, error) {
 	}
 	add(oci.WithCgroupsPath(cgroup), limits, oci.WithAnnotations(containerAnnotations(in)))
 	if res := config.GetLinux().GetResources(); res != nil {
-		adj := int(max(min(res.GetOomScoreAdj(), 1001), -1001)) // out of range either way
-		if clamped := clampOOM(adj, in.RuntimeConfig, in.Host); clamped != adj {
-			in.Log.Warn("OOM score adjustment is below the daemon's own, which cannot be lowered", "asked", adj, "used", clamped)
-			adj = clamped
+		adj := OOMScore(res.GetOomScoreAdj(), in.RuntimeConfig, in.Host)
+		if asked := res.GetOomScoreAdj(); asked >= -1000 && asked < int64(adj) {
+			in.Log.Warn("OOM score adjustment is below the daemon's own, which cannot be lowered", "asked", asked, "used", adj)
 		}
 		add(oci.WithOOMScoreAdj(adj))
 	}

@@ -125,3 +125,7 @@ func (r Runtime) SystemdCgroup() bool {
 	on, ok := r.Options["SystemdCgroup"].(bool)
 	return ok && on
 }
+
+// VM says that the runtime puts pods into virtual machines, whose processes
+// have an SELinux type of their own (contract 10.7).
+func (r Runtime) VM() bool { return strings.HasPrefix(r.Type, "io.containerd.kata.") }

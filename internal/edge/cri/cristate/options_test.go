@@ -75,3 +75,12 @@ func TestIneffective(t *testing.T) {
 		t.Errorf("%v %v", &o, err)
 	}
 }
+
+// contract: 10.7
+func TestVM(t *testing.T) {
+	for name, want := range map[string]bool{"io.containerd.kata.v2": true, "io.containerd.kata.qemu.v2": true, "io.containerd.runc.v2": false, "io.containerd.katana.v1": false} {
+		if got := (Runtime{Type: name}).VM(); got != want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
