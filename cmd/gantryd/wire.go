@@ -302,10 +302,12 @@ func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]s
 			return listenUnix(servers.Debug.Address, servers.Debug.UID, servers.Debug.GID)
 		}, watch),
 	}
+	// The last stops first. Pods hear of events to their end; whoever else does
+	// would otherwise keep the servers from ending.
+	components = append(components, lifecycle.Component{Name: "events", Stop: func(context.Context) error { return bus.Close() }})
 	if kube != nil {
 		components = append(components, kube.components...)
 	}
-	components = append(components, lifecycle.Component{Name: "events", Stop: func(context.Context) error { return bus.Close() }})
 	return &program{host: host, components: components}, nil
 }
 

@@ -123,6 +123,7 @@ type Service struct {
 	Deps
 	view     view.View
 	creating *attempt.Group[string]
+	starts   sync.WaitGroup // starts under way; each has its limit
 
 	sub   event.Subscription
 	found []*cristate.Container // by Recover, for Run to look at

@@ -186,12 +186,20 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 }
 
-// Close waits for creations under way, but not longer than ctx. None may begin.
+// Close waits for creations and starts under way, but not longer than ctx. None
+// may begin.
 func (s *Service) Close(ctx context.Context) error {
 	if err := s.creating.Wait(ctx); err != nil {
 		return fmt.Errorf("creations of containers go on: %v: %w", s.creating.Stages(), err)
 	}
-	return nil
+	done := make(chan struct{})
+	go func() { s.starts.Wait(); close(done) }()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("starts of containers go on: %w", ctx.Err())
+	}
 }
 
 // letGo ends all copiers; those of the next daemon go on where they stopped.

@@ -14,6 +14,7 @@ import (
 	"github.com/gantryd/gantry/core/event"
 	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/lib/attempt"
 )
 
 // cleanup is how long is tried to take back what did not succeed.
@@ -32,12 +33,40 @@ func (s *Service) Start(ctx context.Context, id string) error {
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
-	defer unlock()
-	pod := s.pod(c)
+	// What was begun is also ended when the caller's time is up, which takes as
+	// long as the sick part of it does.
+	var stage attempt.Stage
+	ended := make(chan error, 1)
+	s.starts.Go(func() {
+		defer unlock()
+		ended <- s.start(ctx, &stage, c)
+	})
+	select {
+	case err = <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	at := stage.String()
+	wait := time.NewTimer(settling)
+	defer wait.Stop()
+	select {
+	case err = <-ended: // as a rule, it says more
+		return err
+	case <-wait.C:
+		return fmt.Errorf("start container %s (%s): %w", id, at, ctx.Err())
+	}
+}
+
+// settling is how long a call whose time is up waits for its own end.
+const settling = 20 * time.Millisecond
+
+// start does it. The caller holds the container's lock.
+func (s *Service) start(ctx context.Context, stage *attempt.Stage, c *cristate.Container) error {
+	id, pod := c.ID(), s.pod(c)
 	if pod == nil || pod.Status().State != cristate.PodReady {
 		return fmt.Errorf("start container %s: its pod %s is not ready: %w", id, c.Meta().SandboxID, errdefs.ErrFailedPrecondition)
 	}
-	err = c.Mark(func(st *cristate.Status) error {
+	err := c.Mark(func(st *cristate.Status) error {
 		if st.Removing || st.Starting || st.State() != runtime.ContainerState_CONTAINER_CREATED {
 			return fmt.Errorf("start container %s: it is %s: %w", id, st.State(), errdefs.ErrFailedPrecondition)
 		}
@@ -59,7 +88,7 @@ func (s *Service) Start(ctx context.Context, id string) error {
 	}()
 	ctx, cancel := context.WithTimeoutCause(ctx, s.Limits.Start, fmt.Errorf("the limit of %s for a start: %w", s.Limits.Start, context.DeadlineExceeded))
 	defer cancel()
-	pid, err := s.launch(ctx, pod, c)
+	pid, err := s.launch(ctx, stage, pod, c)
 	if err == nil {
 		if err = c.Change(func(st *cristate.Status) error {
 			st.Starting, st.Pid, st.StartedAt = false, pid, time.Now().UnixNano()
@@ -73,6 +102,7 @@ func (s *Service) Start(ctx context.Context, id string) error {
 			return nil
 		}
 	}
+	stage.Enter("remove its task")
 	back, stop := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 	defer stop()
 	if cerr := s.endTask(back, id); cerr != nil {
@@ -96,13 +126,15 @@ func (s *Service) Start(ctx context.Context, id string) error {
 }
 
 // launch makes the task and starts it.
-func (s *Service) launch(ctx context.Context, pod *cristate.Pod, c *cristate.Container) (uint32, error) {
+func (s *Service) launch(ctx context.Context, stage *attempt.Stage, pod *cristate.Pod, c *cristate.Container) (uint32, error) {
 	id := container.ID(c.ID())
 	if s.NRI != nil {
+		stage.Enter("ask the NRI plugins")
 		if err := s.NRI.StartContainer(ctx, pod, c); err != nil {
 			return 0, err
 		}
 	}
+	stage.Enter("prepare its task")
 	opts := task.CreateOptions{}
 	if s.Endpoint != nil {
 		at, err := s.Endpoint(ctx, pod.ID())
@@ -123,9 +155,11 @@ func (s *Service) launch(ctx context.Context, pod *cristate.Pod, c *cristate.Con
 	if opts.IO, err = s.openIO(ctx, pod, c, rec.Runtime); err != nil {
 		return 0, err
 	}
+	stage.Enter("create its task")
 	if _, err := s.tasks().Create(ctx, id, opts); err != nil {
 		return 0, err
 	}
+	stage.Enter("start its task")
 	s.Faults.Pass("cri.container.task-created")
 	return s.tasks().Start(ctx, id, "")
 }
