@@ -364,7 +364,7 @@ func (h *Host) CreateContainer(ctx context.Context, pod *cristate.Pod, c *crista
 	if err := h.others(ctx, r.GetUpdate()); err != nil {
 		return err
 	}
-	h.evict(ctx, "", out.evict)
+	h.evict(ctx, out.evict)
 	return nil
 }
 
@@ -402,7 +402,7 @@ func (h *Host) UpdateContainer(ctx context.Context, pod *cristate.Pod, c *crista
 	if err := h.others(few, others); err != nil {
 		return nil, err
 	}
-	h.wg.Go(func() { h.evict(context.WithoutCancel(ctx), "", out.evict) })
+	go h.evict(context.WithoutCancel(ctx), out.evict) // ends within its limit; it may need this container's lock
 	return res, nil
 }
 
@@ -454,9 +454,10 @@ func (h *Host) others(ctx context.Context, all []*api.ContainerUpdate) error {
 // evictions bounds the stop of a container.
 const evictions = time.Minute
 
-func (h *Host) evict(ctx context.Context, by string, all []*api.ContainerEviction) {
+// evict stops containers that plugins do not want any longer.
+func (h *Host) evict(ctx context.Context, all []*api.ContainerEviction) {
 	for _, e := range all {
-		h.Log.Info("NRI: container is evicted", "container", e.GetContainerId(), "plugin", by, "reason", e.GetReason())
+		h.Log.Info("NRI: container is evicted", "container", e.GetContainerId(), "reason", e.GetReason())
 		limited, cancel := context.WithTimeout(ctx, evictions)
 		if err := h.Evict(limited, e.GetContainerId()); err != nil {
 			h.Log.Warn("NRI: evict a container", "container", e.GetContainerId(), "error", err)

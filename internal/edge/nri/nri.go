@@ -51,6 +51,26 @@ func DefaultConfig() Config {
 		RegistrationTimeout: adaptation.DefaultPluginRegistrationTimeout, RequestTimeout: adaptation.DefaultPluginRequestTimeout}
 }
 
+// Ineffective reports the settings that do nothing.
+func (c *Config) Ineffective(report func(why string, key ...string)) {
+	if v := c.DefaultValidator; !v.Enable {
+		for key, set := range map[string]bool{"required_plugins": len(v.RequiredPlugins) > 0, "tolerate_missing_plugins_annotation": v.TolerateMissingAnnotation != "",
+			"reject_oci_hook_adjustment": v.RejectOCIHookAdjustment, "reject_runtime_default_seccomp_adjustment": v.RejectRuntimeDefaultSeccompAdjustment,
+			"reject_unconfined_seccomp_adjustment": v.RejectUnconfinedSeccompAdjustment, "reject_custom_seccomp_adjustment": v.RejectCustomSeccompAdjustment,
+			"reject_namespace_adjustment": v.RejectNamespaceAdjustment, "reject_sysctl_adjustment": v.RejectSysctlAdjustment} {
+			if set {
+				report("nothing is validated unless enable is true", "default_validator", key)
+			}
+		}
+	}
+	if c.RequestTimeout <= 0 {
+		report("the time limits are the defaults unless both are more than 0", "plugin_request_timeout")
+	}
+	if c.RegistrationTimeout <= 0 {
+		report("the time limits are the defaults unless both are more than 0", "plugin_registration_timeout")
+	}
+}
+
 // Deps is what a Host works with. The functions may be called as soon as Start is.
 type Deps struct {
 	Config     Config
@@ -97,12 +117,13 @@ func New(d Deps) *Host {
 	// The library's own time limits would drop a plugin that exceeds them; ours
 	// are within these. Its log is about every single step.
 	adaptation.SetPluginRequestTimeout(time.Hour)
+	if std := DefaultConfig(); d.Config.RequestTimeout <= 0 || d.Config.RegistrationTimeout <= 0 {
+		d.Config.RequestTimeout, d.Config.RegistrationTimeout = std.RequestTimeout, std.RegistrationTimeout
+	}
 	nrilog.Set(library{d.Log})
 	h := &Host{Deps: d, now: &generation{windows: map[string]func() bool{}}, stats: map[statKey]*Stat{}}
 	if c := d.Config.DefaultValidator; c.Enable {
 		h.check = validator.NewDefaultValidator(&c)
-	} else if len(c.RequiredPlugins) > 0 {
-		d.Log.Warn("setting without effect", "key", "default_validator.required_plugins", "reason", "default_validator.enable is false")
 	}
 	return h
 }

@@ -633,7 +633,7 @@ func TestJoin(t *testing.T) {
 // contract: 1.4.10
 // promise: P41
 func TestPages(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newWorld(t, func(c *Config) { c.RequestTimeout = 5 * time.Second })
 	w.Start(t.Context())
 	big := strings.Repeat("x", 256<<10)
 	for i := range 30 {
@@ -672,6 +672,45 @@ func TestValidators(t *testing.T) {
 		if err := w.CreateContainer(t.Context(), w.pod("p", nil), c, s); (err == nil) != (key == "allowed") {
 			t.Errorf("%s: %v", key, err)
 		}
+	}
+}
+
+// The stub has no call for evictions; the wire has.
+//
+// contract: 1.4.9
+func TestEvict(t *testing.T) {
+	w := newWorld(t, nil)
+	p := &plug{host: w.Host, registered: make(chan struct{})}
+	req := &api.UpdateContainersRequest{Evict: []*api.ContainerEviction{{ContainerId: "c", Reason: "test"}}}
+	if _, err := p.UpdateContainers(t.Context(), req); err == nil || len(w.evicted) > 0 {
+		t.Errorf("before it registers: %v %q", err, w.evicted)
+	}
+	if _, err := p.RegisterPlugin(t.Context(), &api.RegisterPluginRequest{PluginName: "evictor", PluginIdx: "10"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.RegisterPlugin(t.Context(), &api.RegisterPluginRequest{PluginName: "other", PluginIdx: "10"}); err == nil {
+		t.Error("it registers twice")
+	}
+	if _, err := p.UpdateContainers(t.Context(), req); err != nil || !slices.Equal(w.evicted, []string{"c"}) {
+		t.Errorf("%v %q", err, w.evicted)
+	}
+}
+
+// contract: 1.4.13
+func TestIneffective(t *testing.T) {
+	c := DefaultConfig()
+	var got []string
+	report := func(_ string, key ...string) { got = append(got, strings.Join(key, ".")) }
+	c.Ineffective(report)
+	if len(got) > 0 {
+		t.Errorf("%q", got)
+	}
+	c.DefaultValidator.RequiredPlugins, c.RequestTimeout = []string{"x"}, 0
+	if c.Ineffective(report); !slices.Equal(got, []string{"default_validator.required_plugins", "plugin_request_timeout"}) {
+		t.Errorf("%q", got)
+	}
+	if h := New(Deps{Config: c, Log: slog.New(slog.DiscardHandler)}); h.Config.RequestTimeout != 2*time.Second {
+		t.Errorf("%s", h.Config.RequestTimeout)
 	}
 }
 

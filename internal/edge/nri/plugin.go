@@ -99,7 +99,7 @@ func (p *plug) UpdateContainers(ctx context.Context, req *api.UpdateContainersRe
 	ctx, cancel := context.WithTimeout(ctx, unasked)
 	defer cancel()
 	failed, err := p.host.update(ctx, req.GetUpdate())
-	p.host.evict(ctx, p.name(), req.GetEvict())
+	p.host.evict(ctx, req.GetEvict())
 	return &api.UpdateContainersResponse{Failed: failed}, err
 }
 
@@ -233,7 +233,7 @@ func (h *Host) join(ctx context.Context, p *plug) error {
 }
 
 // maxPage is the size of a page of the state; a message may have 4 MiB.
-const maxPage = 2 << 20
+const maxPage = 1 << 20
 
 // page takes what fits into one message, at least one of either.
 func page(pods []*api.PodSandbox, containers []*api.Container) (page *api.SynchronizeRequest, n, m int) {
