@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -567,4 +569,50 @@ func recordLabels(t *testing.T, n *critest.Node, id string) map[string]string {
 		t.Fatal(err)
 	}
 	return rec.Labels
+}
+
+// While pods run, other users of the host can read, write and execute nothing of
+// theirs that is at rest (class C7).
+func TestRightsAtRest(t *testing.T) {
+	n := node(t)
+	ref := n.Put(t, "rest", ocispec.ImageConfig{Volumes: map[string]struct{}{"/data": {}}}, testimage.File{Name: "data", Dir: true}, testimage.File{Name: "data/f", Body: []byte("x")},
+		testimage.File{Name: "bin/euid", Body: euid(), Mode: 0o4755})
+	for _, handler := range n.Handlers {
+		n.Pod(t, handler).Run("sleep 600", image(ref))
+	}
+	n.Pod(t, "runc", userNS).Run("sleep 600", image(ref), mounts(&runtime.Mount{ContainerPath: "/image", Image: &runtime.ImageSpec{Image: ref}}))
+	var all strings.Builder
+	err := filepath.WalkDir(n.Dir, func(path string, e os.DirEntry, err error) error {
+		if os.IsNotExist(err) {
+			return nil // something has ended meanwhile
+		}
+		if err == nil && e.Type()&os.ModeSymlink == 0 && path != n.Dir {
+			_, err = fmt.Fprintln(&all, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-c", `while read f; do { [ -r "$f" ] || [ -w "$f" ] || [ -f "$f" ] && [ -x "$f" ]; } && echo "$f"; done; true`)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	cmd.Dir, cmd.Stdin = "/", strings.NewReader(all.String())
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "/logs\n") {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		rel, err := filepath.Rel(n.Dir, strings.TrimSpace(line))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The test's own, the network plugins', and what /var/log/pods and
+		// /run/netns let all users see.
+		top, _, _ := strings.Cut(rel, "/")
+		info, err := os.Stat(filepath.Join(n.Dir, rel))
+		dir := err == nil && info.IsDir()
+		if top != "certs.d" && top != "cni" && top != "cdi" && top != "ipam" && !(top == "logs" && dir) && !strings.HasPrefix(rel, "state/netns") && !strings.HasPrefix(rel, "host") {
+			t.Errorf("%s is open to all users", rel)
+		}
+	}
 }
