@@ -9,8 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -766,12 +768,50 @@ func TestInstalled(t *testing.T) {
 	}
 }
 
+// A plugin that is stopped and so fills its connection is ended, and holds
+// nobody longer than its limit; one that is installed is started again.
+//
+// promise: P41
+func TestStopped(t *testing.T) {
+	var dir string
+	w := newWorld(t, func(c *Config) {
+		dir = filepath.Dir(c.SocketPath)
+		c.RequestTimeout = time.Second
+		self, err := os.Executable()
+		if err = errors.Join(err, os.Mkdir(c.PluginPath, 0o700), os.Symlink(self, c.PluginPath+"/30-installed"), os.Mkdir(c.PluginConfigPath, 0o700),
+			os.WriteFile(c.PluginConfigPath+"/30-installed.conf", []byte(dir+"/said"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	w.Start(t.Context())
+	eventually(t, "the plugin takes part", func() bool { return len(w.Names()) == 1 })
+	data, err := os.ReadFile(dir + "/said.pid")
+	pid, perr := strconv.Atoi(string(data))
+	if err = errors.Join(err, perr); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	big := w.pod("p", map[string]string{"big": strings.Repeat("x", 1<<20)})
+	for i := 0; len(w.Names()) > 0; i++ {
+		begin := time.Now()
+		if err := w.RunPodSandbox(t.Context(), big); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begin); took > 3*time.Second || i > 20 {
+			t.Fatalf("call %d took %s", i, took)
+		}
+	}
+	eventually(t, "the stopped process is gone", func() bool { return syscall.Kill(pid, 0) != nil })
+}
+
 // installed is what the program is when a Host starts it.
 type installed struct{ path string }
 
 func (i *installed) Configure(_ context.Context, config, _, _ string) (api.EventMask, error) {
 	i.path = config
-	return 0, nil
+	return 0, os.WriteFile(config+".pid", fmt.Append(nil, os.Getpid()), 0o600)
 }
 func (i *installed) RunPodSandbox(_ context.Context, p *api.PodSandbox) error {
 	return os.WriteFile(i.path, []byte(p.Id), 0o600)
