@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,7 +42,7 @@ func logPath(pod *runtime.PodSandboxConfig, config *runtime.ContainerConfig) (st
 	if !filepath.IsAbs(dir) {
 		return "", fmt.Errorf("log directory %q is not absolute: %w", dir, errdefs.ErrInvalidArgument)
 	}
-	if !filepath.IsLocal(name) || filepath.Clean(name) == "." || len(name) > unix.PathMax {
+	if !filepath.IsLocal(name) || filepath.Clean(name) == "." || len(name) > unix.PathMax || strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("log path %.80q is not below the log directory: %w", name, errdefs.ErrInvalidArgument)
 	}
 	return filepath.Join(dir, name), nil

@@ -83,14 +83,14 @@ func hostSource(m *runtime.Mount) (string, error) {
 	}
 	if _, err := os.Stat(m.HostPath); errors.Is(err, os.ErrNotExist) {
 		if err := os.MkdirAll(m.HostPath, 0o755); err != nil {
-			return "", fmt.Errorf("make host path: %w", err)
+			return "", fmt.Errorf("make host path: %w: %w", err, errdefs.ErrFailedPrecondition)
 		}
 	} else if err != nil {
-		return "", fmt.Errorf("host path: %w", err)
+		return "", fmt.Errorf("host path: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	src, err := filepath.EvalSymlinks(m.HostPath)
 	if err != nil {
-		return "", fmt.Errorf("host path: %w", err)
+		return "", fmt.Errorf("host path: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	return src, checkPropagation(src, m.Propagation)
 }

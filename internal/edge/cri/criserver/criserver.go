@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"path/filepath"
 	goruntime "runtime"
 	"slices"
 	"strings"
@@ -554,6 +555,12 @@ func checkPod(c *runtime.PodSandboxConfig) error {
 	if len(c.Hostname) > maxHostname || strings.ContainsFunc(c.Hostname, func(r rune) bool { return r <= ' ' || r == '/' || r == 0x7f }) {
 		return fmt.Errorf("config.hostname %.80q has more than %d bytes, or a space, slash or control character in it: %w", c.Hostname, maxHostname, errdefs.ErrInvalidArgument)
 	}
+	if d := c.LogDirectory; d != "" && (!filepath.IsAbs(d) || len(d) > maxPath || strings.ContainsRune(d, 0)) {
+		return fmt.Errorf("config.log_directory %.80q is no absolute path of at most %d bytes: %w", d, maxPath, errdefs.ErrInvalidArgument)
+	}
+	if p := c.GetLinux().GetCgroupParent(); len(p) > maxPath || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == ':' }) || slices.Contains(strings.Split(p, "/"), "..") {
+		return fmt.Errorf("config.linux.cgroup_parent %.80q: a cgroup parent has at most %d bytes, no colon, no control character and no \"..\" in it: %w", p, maxPath, errdefs.ErrInvalidArgument)
+	}
 	for i, p := range c.PortMappings {
 		if err := checkPort(p); err != nil {
 			return fmt.Errorf("config.port_mappings[%d]: %w", i, err)
@@ -564,6 +571,9 @@ func checkPod(c *runtime.PodSandboxConfig) error {
 
 // maxHostname is the kernel's limit.
 const maxHostname = 64
+
+// maxPath is what the kernel takes, and the zero byte after it.
+const maxPath = 4095
 
 func checkPort(p *runtime.PortMapping) error {
 	_, known := runtime.Protocol_name[int32(p.GetProtocol())]
@@ -606,6 +616,9 @@ func checkContainer(c *runtime.ContainerConfig) error {
 		if e == nil || e.Key == "" || strings.ContainsAny(e.Key, "=\x00") || bytes.IndexByte(e.Value, 0) >= 0 {
 			return fmt.Errorf("config.envs[%d]: no name, or one with an equals sign or zero byte: %w", i, errdefs.ErrInvalidArgument)
 		}
+	}
+	if _, known := runtime.Signal_name[int32(c.StopSignal)]; !known {
+		return fmt.Errorf("config.stop_signal %d: there is no such signal: %w", c.StopSignal, errdefs.ErrInvalidArgument)
 	}
 	return checkNames("container metadata", map[string]string{"name": m.Name})
 }

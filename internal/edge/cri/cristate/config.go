@@ -238,7 +238,7 @@ func (c RuntimeConfig) Handler(name string) (string, Runtime, error) {
 	}
 	r, ok := c.Containerd.Runtimes[name]
 	if !ok {
-		return "", Runtime{}, fmt.Errorf("runtime handler %q is not configured, there are %q: %w", name, slices.Sorted(maps.Keys(c.Containerd.Runtimes)), errdefs.ErrNotFound)
+		return "", Runtime{}, fmt.Errorf("runtime handler %.80q is not configured, there are %q: %w", name, slices.Sorted(maps.Keys(c.Containerd.Runtimes)), errdefs.ErrNotFound)
 	}
 	if r.Sandboxer == "" {
 		r.Sandboxer = SandboxerPodSandbox
