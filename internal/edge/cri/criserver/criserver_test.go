@@ -501,10 +501,13 @@ func unique(t *testing.T, what string, ids []string, want int) {
 // promise: P23
 func TestLists(t *testing.T) {
 	h := serve(t)
-	const n = 50_000
-	labels := map[string]string{"text": strings.Repeat("x", 500)}
+	const n, ended = 15_000, 50_000
+	text := map[string]string{"text": strings.Repeat("x", 400)}
+	for i := range ended {
+		h.container(t, fmt.Sprintf("c%d", i), "p", cristate.Status{CreatedAt: int64(i + 1), StartedAt: 1, FinishedAt: 2}, text)
+	}
+	labels := map[string]string{"text": strings.Repeat("x", 1500)}
 	for i := range n {
-		h.container(t, fmt.Sprintf("c%d", i), "p", cristate.Status{CreatedAt: int64(i + 1), StartedAt: 1, FinishedAt: 2}, labels)
 		h.pod(t, fmt.Sprintf("p%d", i), cristate.PodNotReady, int64(i+1), labels)
 		h.stats = append(h.stats, &runtime.ContainerStats{Attributes: &runtime.ContainerAttributes{Id: fmt.Sprintf("c%d", i), Labels: labels}})
 	}
@@ -512,7 +515,7 @@ func TestLists(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := len(cs.Containers); got < n/3 || got == n || cs.Containers[0].Id != fmt.Sprintf("c%d", n-1) || cs.Containers[got-1].Id != fmt.Sprintf("c%d", n-got) {
+	if got := len(cs.Containers); got < ended/3 || got == ended || cs.Containers[0].Id != fmt.Sprintf("c%d", ended-1) || cs.Containers[got-1].Id != fmt.Sprintf("c%d", ended-got) {
 		t.Errorf("%d containers, from %s to %s", got, cs.Containers[0].Id, cs.Containers[got-1].Id)
 	}
 	ps, err := h.rt.ListPodSandbox(h.ctx, &runtime.ListPodSandboxRequest{})
@@ -541,7 +544,7 @@ func TestLists(t *testing.T) {
 			ids = append(ids, c.Id)
 		}
 		return ids
-	}), n)
+	}), ended)
 	s2, err := h.rt.StreamPodSandboxes(h.ctx, &runtime.StreamPodSandboxesRequest{})
 	unique(t, "pods", drain(t, s2, err, func(r *runtime.StreamPodSandboxesResponse) (ids []string) {
 		for _, p := range r.PodSandboxes {
