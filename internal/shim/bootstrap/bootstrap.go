@@ -294,7 +294,7 @@ func listen(path string) (*net.UnixListener, error) {
 		return nil, err
 	}
 	defer unlock()
-	for range 2 {
+	for range 10 { // shims that end remove theirs at any time
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 		if err == nil {
 			l.SetUnlinkOnClose(false)
@@ -304,11 +304,15 @@ func listen(path string) (*net.UnixListener, error) {
 			return nil, err
 		}
 		conn, derr := net.DialTimeout("unix", path, dialTimeout)
-		if derr == nil {
+		switch {
+		case derr == nil:
 			conn.Close()
 			return nil, nil
-		}
-		if !errors.Is(derr, unix.ECONNREFUSED) {
+		case errors.Is(derr, unix.EAGAIN): // it listens, and many have come at once
+			return nil, nil
+		case errors.Is(derr, unix.ENOENT):
+			continue
+		case !errors.Is(derr, unix.ECONNREFUSED):
 			return nil, derr
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
