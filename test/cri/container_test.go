@@ -272,7 +272,7 @@ func TestCreateIdempotent(t *testing.T) {
 	}
 }
 
-// contract: 7.3.2
+// contract: 7.1.11
 func TestImageConfig(t *testing.T) {
 	n := node(t)
 	const show = `echo "$0|$*|$PWD|$A|$B"`

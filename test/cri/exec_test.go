@@ -131,7 +131,7 @@ func TestExecSyncOutput(t *testing.T) {
 	if err != nil || len(r.Stdout)+len(r.Stderr) != most || string(r.Stderr) != "end\n" || r.ExitCode != 4 {
 		t.Errorf("%d, %q, %d: %v", len(r.GetStdout()), r.GetStderr(), r.GetExitCode(), err)
 	}
-	r, err = execSync(c, 50, "head -c 300000000 /dev/zero | tee /dev/stderr")
+	r, err = execSync(c, 50, "head -c 100000000 /dev/zero | tee /dev/stderr")
 	if err != nil || len(r.Stdout) != most/2 || len(r.Stderr) != most/2 {
 		t.Errorf("%d, %d: %v", len(r.GetStdout()), len(r.GetStderr()), err)
 	}

@@ -235,7 +235,7 @@ func attachURL(t *testing.T, c *critest.Container) string {
 	return r.Url
 }
 
-// contract: 7.1.19, 7.4.1, 5.3.5
+// contract: 7.1.19, 5.3.5
 func TestExecStream(t *testing.T) {
 	eachHandler(t, func(t *testing.T, p *critest.Pod) {
 		c := p.Run("sleep 1000")
