@@ -271,11 +271,18 @@ func TestPrivileged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var host string
-	for _, e := range dev { // any device that containers do not have by default
-		if strings.HasPrefix(e.Name(), "loop") && e.Type()&os.ModeDevice != 0 {
+	host := ""
+	for _, e := range dev { // any block device: containers have none by default
+		if e.Type()&os.ModeDevice != 0 && e.Type()&os.ModeCharDevice == 0 {
 			host = "/dev/" + e.Name()
 		}
+	}
+	if host == "" {
+		t.Skip("no block device on this host")
+	}
+	group := "/sys/fs/cgroup/pids/x"
+	if cgroup2() {
+		group = "/sys/fs/cgroup/x"
 	}
 	privileged := secure(func(s *runtime.LinuxContainerSecurityContext) {
 		s.Privileged = true
@@ -285,17 +292,14 @@ func TestPrivileged(t *testing.T) {
 	eachHandler(t, func(t *testing.T, p *critest.Pod) {
 		out := p.Output(`grep -E "^(CapEff|Seccomp|NoNewPrivs):" /proc/self/status | tr '\t' ' '
 			mount -t tmpfs t /tmp && echo mounts; test $(wc -c < /proc/cpuinfo) -gt 0 && echo unmasked
-			echo 1 > /proc/sys/net/ipv4/ip_forward && echo sysctl; mkdir /sys/fs/cgroup/pids/x 2>/dev/null; rmdir /sys/fs/cgroup/pids/x 2>/dev/null && echo cgroups
+			echo 1 > /proc/sys/net/ipv4/ip_forward && echo sysctl; mkdir `+group+` 2>/dev/null; rmdir `+group+` 2>/dev/null && echo cgroups
 			test -b `+host+` && echo device`, privileged)
-		want := fmt.Sprintf("CapEff: %016x\nNoNewPrivs: 0\nSeccomp: 0\nmounts\nunmasked\nsysctl\ncgroups\n", ownCaps(t))
-		if host != "" {
-			want += "device\n"
-		}
+		want := fmt.Sprintf("CapEff: %016x\nNoNewPrivs: 0\nSeccomp: 0\nmounts\nunmasked\nsysctl\ncgroups\ndevice\n", ownCaps(t))
 		if out != want {
 			t.Errorf("%q, want %q", out, want)
 		}
 		// Nothing of it without.
-		out = p.Output("mount -t tmpfs t /tmp 2>/dev/null || echo no mount; mkdir /sys/fs/cgroup/pids/x 2>/dev/null || echo no cgroup; ls " + host + " 2>/dev/null || echo no device")
+		out = p.Output("mount -t tmpfs t /tmp 2>/dev/null || echo no mount; mkdir " + group + " 2>/dev/null || echo no cgroup; ls " + host + " 2>/dev/null || echo no device")
 		if out != "no mount\nno cgroup\nno device\n" {
 			t.Errorf("not privileged: %q", out)
 		}
