@@ -120,7 +120,7 @@ func (k *kubelet) up(ctx context.Context, image string, i int) (string, error) {
 	name := fmt.Sprintf("pod-%d", i)
 	options := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_CONTAINER}
 	pod := &cri.PodSandboxConfig{Metadata: &cri.PodSandboxMetadata{Name: name, Namespace: "bench", Uid: name}, LogDirectory: filepath.Join(k.Dir, "logs", name),
-		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: "/" + k.Mark + "/pods", SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: options}}}
+		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: "/" + k.Mark + "/" + name, SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: options}}}
 	r, err := k.rt.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: pod, RuntimeHandler: k.handler})
 	if err != nil {
 		return "", err
@@ -182,13 +182,10 @@ func pods(ctx context.Context, b *bench, shared *daemon, handler string) (_ []sa
 	}
 	defer func() {
 		k.conn.Close()
-		if root, _ := cpuRoot(); root != "" {
-			os.Remove(filepath.Join(root, k.Mark, "pods"))
-		}
-		for _, p := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
-			dirs, _ := filepath.Glob(p + k.Mark + "/pods")
+		for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+			dirs, _ := filepath.Glob(pattern + k.Mark + "/pod-*")
 			for _, dir := range dirs {
-				os.Remove(dir) // the kubelet's, as a pod's cgroup is
+				os.Remove(dir) // made and removed by kubelets
 			}
 		}
 		if left := k.remove(); err == nil && len(left) > 0 {

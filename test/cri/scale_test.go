@@ -5,6 +5,7 @@ package cri
 import (
 	"context"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"testing"
@@ -63,9 +64,19 @@ func TestManyPods(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	t.Cleanup(cancel)
 
+	t.Cleanup(func() { // before the node looks for what is left
+		for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+			dirs, _ := filepath.Glob(pattern + n.Mark + "/*")
+			for _, dir := range dirs {
+				os.Remove(dir)
+			}
+		}
+	})
 	ids := make([]string, pods)
 	took := eachPod(t, pods, func(i int) error {
+		// Each has a cgroup of its own, as kubelets make them.
 		c := n.PodConfig(t, critest.HostNetwork)
+		c.Linux.CgroupParent += "/" + c.Metadata.Name
 		r, err := n.RT.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: c, RuntimeHandler: []string{"runc", "pauseless"}[i%2]})
 		if err != nil {
 			return err
