@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,7 +13,9 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -141,5 +144,28 @@ func TestDefaultConfigIsFine(t *testing.T) {
 	}
 	if out, err := exec.Command(bin, "--config", file, "config", "check").CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// Over TCP there is the CRI only if the file says so.
+//
+// contract: 1.1.3, 7.4.1
+func TestCRIOverTCP(t *testing.T) {
+	for _, disable := range []bool{true, false} {
+		l, err := net.Listen("tcp", "127.0.0.1:0") // in a network of the test's own
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+		critest.Run(t, binDir, fmt.Sprintf("[plugins.'io.containerd.grpc.v1.cri']\ndisable_tcp_service = %v\n[plugins.'io.containerd.server.v1.grpc-tcp']\naddress = %q\n", disable, l.Addr()))
+		conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_, err = runtime.NewRuntimeServiceClient(conn).Version(critest.Context(t), &runtime.VersionRequest{})
+		if want := map[bool]codes.Code{true: codes.Unimplemented, false: codes.OK}[disable]; status.Code(err) != want {
+			t.Errorf("disable_tcp_service = %v: %v", disable, err)
+		}
 	}
 }
