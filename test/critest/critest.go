@@ -261,7 +261,7 @@ func Run(t testing.TB, bin, extra string) *Node {
 		}
 		n.Clear(t)
 		if err := n.Stop(); err != nil {
-			t.Error(err)
+			t.Errorf("%v\n%s", err, n.Log(2<<10))
 		}
 		n.CheckClean(t)
 		if err := n.Close(); err != nil {

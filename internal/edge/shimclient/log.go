@@ -32,7 +32,7 @@ func (m *Manager) openLog(k key, b bundle) (*shimLog, error) {
 	s := &shimLog{f}
 	log := m.log.With("namespace", k.ns, "id", k.id, "source", "shim")
 	m.spawn(func() {
-		r := bufio.NewReaderSize(f, 32<<10)
+		r := bufio.NewReaderSize(f, 4<<10) // one a shim
 		for {
 			line, err := r.ReadSlice('\n') // a longer line is logged in parts
 			if len(line) > 0 {

@@ -44,10 +44,19 @@ type entry struct {
 	id    string
 	facts facts
 	refs  map[string]ref
+
+	once          sync.Once // sets the rest: every list of containers asks for it
+	tags, digests []string
 }
 
-// split sorts an image's names. Its id is neither.
+// split sorts an image's names. Its id is neither. The caller has slices of
+// its own.
 func (e *entry) split() (tags, digests []string) {
+	e.once.Do(func() { e.tags, e.digests = e.sorted() })
+	return slices.Clone(e.tags), slices.Clone(e.digests)
+}
+
+func (e *entry) sorted() (tags, digests []string) {
 	for _, name := range slices.Sorted(maps.Keys(e.refs)) {
 		named, err := reference.ParseAnyReference(name)
 		if err != nil {
