@@ -20,7 +20,7 @@ import (
 // opening does nothing.
 func hostDevice(t *testing.T) string {
 	t.Helper()
-	for _, d := range []string{"/dev/fuse", "/dev/loop-control", "/dev/net/tun"} {
+	for _, d := range []string{"/dev/fuse", "/dev/loop-control", "/dev/net/tun", "/dev/cpu_dma_latency"} {
 		if _, err := os.Stat(d); err == nil {
 			return d
 		}
@@ -42,7 +42,7 @@ func likeDevice(t *testing.T, path, like string) {
 }
 
 func devices(d ...*runtime.Device) func(*runtime.ContainerConfig) {
-	return func(c *runtime.ContainerConfig) { c.Linux.SecurityContext.GetNamespaceOptions(); c.Devices = d }
+	return func(c *runtime.ContainerConfig) { c.Devices = d }
 }
 
 // opens tries to open a device for reading and for writing.
