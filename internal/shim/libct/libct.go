@@ -49,13 +49,14 @@ func LogTo(w io.Writer, debug bool) {
 }
 
 type libct struct {
-	root string
-	log  *slog.Logger
+	root    string
+	log     *slog.Logger
+	memlock *configs.Rlimit // what the shim was started with; nil is unknown
 }
 
 // New returns a driver that keeps the state of its containers below root.
 func New(root string, log *slog.Logger) driver.Driver {
-	return &libct{root: root, log: log}
+	return &libct{root: root, log: log, memlock: memlock()}
 }
 
 type container struct {
@@ -63,7 +64,8 @@ type container struct {
 	dir string
 	log *slog.Logger
 
-	execs execGroups
+	memlock *configs.Rlimit
+	execs   execGroups
 }
 
 func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Container, _ driver.Started, err error) {
@@ -85,7 +87,7 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 		}
 		return nil, none, err
 	}
-	c := &container{c: lc, dir: filepath.Join(d.root, req.ID), log: d.log}
+	c := &container{c: lc, dir: filepath.Join(d.root, req.ID), log: d.log, memlock: d.memlock}
 	defer func() {
 		if err != nil {
 			if derr := lc.Destroy(); derr != nil {
@@ -100,6 +102,7 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 		return nil, none, err
 	}
 	p.Init = true
+	keepMemlock(p, d.memlock)
 	var restore func(*libcontainer.Process) error
 	if req.Restore != "" {
 		if err := needCriu(); err != nil {
@@ -234,6 +237,7 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 	if err != nil {
 		return driver.Started{}, err
 	}
+	keepMemlock(p, c.memlock)
 	c.execs.open(c.c, id, p)
 	s, err := c.run(ctx, p, stdio, nil)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -120,5 +121,24 @@ func TestBounded(t *testing.T) {
 	})
 	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") || calls != 3 {
 		t.Errorf("%d kills: %v", calls, err)
+	}
+}
+
+// The library lifts the shim's limit of locked memory; processes are given the
+// one that there was, unless they ask for another.
+func TestKeepMemlock(t *testing.T) {
+	was := &configs.Rlimit{Type: 8, Hard: 20, Soft: 10}
+	var p libcontainer.Process
+	keepMemlock(&p, was)
+	if len(p.Rlimits) != 1 || p.Rlimits[0] != *was {
+		t.Errorf("%v", p.Rlimits)
+	}
+	p.Rlimits[0].Soft = 5
+	keepMemlock(&p, was)
+	if len(p.Rlimits) != 1 || p.Rlimits[0].Soft != 5 || was.Soft != 10 {
+		t.Errorf("%v", p.Rlimits)
+	}
+	if l := memlock(); l == nil || l.Type != 8 {
+		t.Errorf("%v", l)
 	}
 }

@@ -4,6 +4,7 @@ package libct
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 
 	"github.com/containerd/errdefs"
@@ -59,6 +60,24 @@ func newProcess(spec *specs.Process) (*libcontainer.Process, error) {
 		return nil, invalid("%v", err)
 	}
 	return p, nil
+}
+
+// memlock is this process's limit of locked memory.
+func memlock() *configs.Rlimit {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &l) != nil {
+		return nil
+	}
+	return &configs.Rlimit{Type: unix.RLIMIT_MEMLOCK, Hard: l.Max, Soft: l.Cur}
+}
+
+// keepMemlock gives a process the limit that it would inherit, if it is given no
+// other: the library lifts the shim's own for good when it loads a cgroup's
+// device program, and later processes would inherit that.
+func keepMemlock(p *libcontainer.Process, l *configs.Rlimit) {
+	if l != nil && !slices.ContainsFunc(p.Rlimits, func(r configs.Rlimit) bool { return r.Type == l.Type }) {
+		p.Rlimits = append(p.Rlimits, *l)
+	}
 }
 
 func rlimit(name string) (int, bool) {
