@@ -142,6 +142,11 @@ func (s *Service) openIO(ctx context.Context, pod *cristate.Pod, c *cristate.Con
 		return io, s.startCopy(pod, c)
 	}
 	q := url.Values{"format": {"cri"}, "max-line": {strconv.Itoa(s.Config.MaxContainerLogLineSize)}}
+	for key, n := range map[string]int64{"max-size": s.Config.MaxContainerLogSize, "max-files": int64(s.Config.MaxContainerLogFiles), "max-rate": s.Config.MaxContainerLogRate} {
+		if n > 0 {
+			q.Set(key, strconv.FormatInt(n, 10))
+		}
+	}
 	path := m.LogPath
 	if path == "" {
 		path = filepath.Join(dir, ownLog)

@@ -37,7 +37,13 @@ type RuntimeConfig struct {
 	IgnoreDeprecationWarnings          []string `toml:"ignore_deprecation_warnings"`
 	StatsCollectPeriod                 string   `toml:"stats_collect_period"`
 	StatsRetentionPeriod               string   `toml:"stats_retention_period"`
-	EnableCRIU                         bool     `toml:"enable_criu"`
+	// Gantry's own bounds of a container's log: bytes after which it is rotated
+	// and files that are kept then, bytes a second beyond which output is dropped
+	// and counted; 0 is unbounded (promise P21). A kubelet rotates by itself.
+	MaxContainerLogSize  int64 `toml:"max_container_log_size"`
+	MaxContainerLogFiles int   `toml:"max_container_log_files"`
+	MaxContainerLogRate  int64 `toml:"max_container_log_rate"`
+	EnableCRIU           bool  `toml:"enable_criu"`
 
 	Containerd RuntimesConfig `toml:"containerd"`
 	CNI        CNIConfig      `toml:"cni"`
