@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 PREFIX ?= /usr/local
-TAGS := seccomp
+TAGS := seccomp nri_no_wasm
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.revision=$(REVISION)
 GOBUILD := go build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)'
 export GANTRY_DEBIAN_CONTAINERD ?= $(CURDIR)/.cache/debian/usr/bin
