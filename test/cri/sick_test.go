@@ -125,27 +125,35 @@ func (w *ward) round(note func(string, time.Duration)) {
 	})
 }
 
-// sick makes a call that cannot succeed and has a second. It has to fail then,
+// sick makes a call that cannot succeed and has less than a second. It has to fail then,
 // and the error has to have these words.
 func (w *ward) sick(what string, fn func(context.Context) error, words ...string) {
 	w.t.Helper()
-	const limit = time.Second
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	began := time.Now()
-	err := fn(ctx)
-	if took := time.Since(began); took > limit+2*time.Second {
-		w.t.Errorf("%s of the sick one takes %s with a deadline of %s", what, took, limit)
-	}
-	if code := status.Code(err); code != codes.DeadlineExceeded {
-		w.t.Errorf("%s of the sick one: %v, %s", what, err, code)
-		return
-	}
-	for _, word := range words {
-		if !strings.Contains(err.Error(), word) {
-			w.t.Errorf("%s of the sick one does not name %q: %v", what, word, err)
+	const limit = 800 * time.Millisecond
+	missing := ""
+	for range 3 { // on a busy machine the client's own clock may win, which knows no words
+		ctx, cancel := context.WithTimeout(context.Background(), limit)
+		began := time.Now()
+		err := fn(ctx)
+		cancel()
+		if took := time.Since(began); took > limit+2*time.Second {
+			w.t.Errorf("%s of the sick one takes %s with a deadline of %s", what, took, limit)
+		}
+		if code := status.Code(err); code != codes.DeadlineExceeded {
+			w.t.Errorf("%s of the sick one: %v, %s", what, err, code)
+			return
+		}
+		missing = ""
+		for _, word := range words {
+			if !strings.Contains(err.Error(), word) {
+				missing = fmt.Sprintf("%q: %v", word, err)
+			}
+		}
+		if missing == "" {
+			return
 		}
 	}
+	w.t.Errorf("%s of the sick one does not name %s", what, missing)
 }
 
 // goroutines counts the daemon's. It asks for a dump.
@@ -169,16 +177,17 @@ func (w *ward) goroutines() int {
 }
 
 // steady fails if a call that is repeated leaves goroutines behind each time.
+// What a call takes back behind its answer has limits of its own.
 func (w *ward) steady(what string, fn func()) {
 	w.t.Helper()
-	const tries = 6
+	const tries = 4
 	fn()
 	before := w.goroutines()
 	for range tries {
 		fn()
 	}
 	var after int
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
 		if after = w.goroutines(); after < before+tries {
 			return
 		}

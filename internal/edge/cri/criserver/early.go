@@ -9,7 +9,7 @@ import (
 // the client learns what its call has waited for, and a call whose time is up is
 // not taken for one that was cancelled, the time ends a little before.
 const (
-	earlyPart = 10 // of what is left
+	earlyPart = 5 // of what is left
 	earlyMost = 100 * time.Millisecond
 )
 

@@ -9,7 +9,7 @@ import (
 // promise: P1
 func TestEarly(t *testing.T) {
 	for _, tt := range []struct{ has, before time.Duration }{
-		{time.Minute, earlyMost}, {500 * time.Millisecond, 50 * time.Millisecond}, {-time.Second, 0},
+		{time.Minute, earlyMost}, {250 * time.Millisecond, 50 * time.Millisecond}, {-time.Second, 0},
 	} {
 		ctx, cancel := context.WithTimeout(t.Context(), tt.has)
 		own, stop := early(ctx)
