@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -19,11 +20,21 @@ import (
 	"github.com/gantryd/gantry/client"
 )
 
+// slow is by how much more than usual is waited, on machines where that is
+// needed: GANTRY_SLOW, 1 by default.
+func slow() time.Duration {
+	n, err := strconv.Atoi(os.Getenv("GANTRY_SLOW"))
+	if err != nil {
+		return 1
+	}
+	return time.Duration(max(n, 1))
+}
+
 // Deadlines of a daemon: until it listens and serves, and until it has ended
 // after a SIGTERM.
-const (
-	startWithin = 20 * time.Second
-	stopWithin  = 15 * time.Second
+var (
+	startWithin = slow() * 20 * time.Second
+	stopWithin  = slow() * 15 * time.Second
 )
 
 // Main runs the tests of a suite with *bin set to the directory that has

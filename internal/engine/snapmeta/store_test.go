@@ -200,3 +200,29 @@ func TestLabelWithoutKey(t *testing.T) {
 		t.Errorf("update: %v", err)
 	}
 }
+
+// Several cleanups at once, as the collector's and a removal's, do not take
+// each other's work for an error.
+func TestCleanupsAtOnce(t *testing.T) {
+	s := openStore(t, Options{})
+	for round := range 8 {
+		for i := range 4 {
+			dir := filepath.Join(s.dir.Name(), fmt.Sprintf("%s%d-%d", trashPrefix, round, i))
+			for sub := range 50 {
+				must(t, os.MkdirAll(filepath.Join(dir, fmt.Sprint(sub), "fs"), 0o700))
+			}
+		}
+		errs := make(chan error)
+		for range 4 {
+			go func() { errs <- s.Cleanup(context.Background()) }()
+		}
+		for range 4 {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+		if left, err := os.ReadDir(s.dir.Name()); err != nil || len(left) > 0 {
+			t.Fatalf("round %d: %d directories are left: %v", round, len(left), err)
+		}
+	}
+}

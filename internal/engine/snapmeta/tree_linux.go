@@ -193,7 +193,9 @@ func removeAll(ctx context.Context, top *os.File, name string) error {
 		err := removeEntry(ctx, top, name, 0, func(dir *os.File, deep string) error {
 			n++
 			moved := deepName(name, n)
-			if err := unix.Renameat(int(dir.Fd()), deep, int(top.Fd()), moved); err != nil {
+			if err := unix.Renameat(int(dir.Fd()), deep, int(top.Fd()), moved); errors.Is(err, unix.ENOENT) {
+				return nil
+			} else if err != nil {
 				return &os.PathError{Op: "rename", Path: filepath.Join(dir.Name(), deep), Err: err}
 			}
 			pending = append(pending, moved)
@@ -254,7 +256,8 @@ func removeEntry(ctx context.Context, parent *os.File, name string, depth int, t
 				return err
 			}
 		}
-		if errors.Is(err, io.EOF) {
+		// Of a directory that another cleanup has removed meanwhile nothing is left.
+		if errors.Is(err, io.EOF) || errors.Is(err, unix.ENOENT) {
 			break
 		}
 		if err != nil {
