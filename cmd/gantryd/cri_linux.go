@@ -240,7 +240,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 			wg.Go(func() { watchPods(ctx, sub, podService) })
 			wg.Go(func() { _ = podService.Serve(ctx) })
 			return containerService.Run(ctx)
-		}, Stop: podService.Close},
+		}, Stop: func(ctx context.Context) error { return errors.Join(containerService.Close(ctx), podService.Close(ctx)) }},
 	}
 	return c, nil
 }
