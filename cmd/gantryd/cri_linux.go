@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -240,7 +241,9 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 			wg.Go(func() { watchPods(ctx, sub, podService) })
 			wg.Go(func() { _ = podService.Serve(ctx) })
 			return containerService.Run(ctx)
-		}, Stop: func(ctx context.Context) error { return errors.Join(containerService.Close(ctx), podService.Close(ctx)) }},
+		}, Stop: func(ctx context.Context) error {
+			return errors.Join(containerService.Close(ctx), podService.Close(ctx))
+		}},
 	}
 	return c, nil
 }
