@@ -179,7 +179,7 @@ type scriptDaemon struct {
 }
 
 func (d *scriptDaemon) start() error {
-	config := fmt.Sprintf("version = 4\nroot = %q\nstate = %q\n[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n",
+	config := fmt.Sprintf("version = 4\nroot = %q\nstate = %q\ndisabled_plugins = ['io.containerd.grpc.v1.cri']\n[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n[plugins.'io.containerd.shim.v1.manager']\nsocket_dir = %q\n",
 		d.dir+"/root", d.dir+"/state", d.address, d.address+".ttrpc", d.dir+"/shims")
 	if err := os.WriteFile(d.dir+"/config.toml", []byte(config), 0o600); err != nil {
 		return err

@@ -82,6 +82,9 @@ func newServer(t *testing.T, extra string) *server {
 		t.Fatal(err)
 	}
 	s := &server{t: t, dir: dir, sock: dir + "/s"}
+	if !strings.Contains(extra, "nri.v1") {
+		extra += "\n[plugins.'io.containerd.nri.v1.nri']\ndisable = true\n" // its socket is the host's
+	}
 	config := fmt.Sprintf("version = 4\nroot = %q\nstate = %q\n%s\n[plugins.'io.containerd.server.v1.grpc']\naddress = %q\n[plugins.'io.containerd.server.v1.ttrpc']\naddress = %q\n",
 		dir+"/root", dir+"/state", extra, s.sock, s.sock+".ttrpc")
 	if err := os.WriteFile(dir+"/config.toml", []byte(config), 0o600); err != nil {

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/moby/sys/userns"
@@ -250,11 +252,15 @@ func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]s
 			}
 			return watch.Err(names...)
 		}}, log)
-	if errors.Is(err, plugin.ErrDisabled) {
-		kube, err = nil, nil // by the name of any of its parts (contract 13.43)
-	}
-	if err != nil {
+	switch {
+	case err == nil:
+	case errors.Is(err, plugin.ErrDisabled): // by the name of any of its parts (contract 13.43)
+		kube = nil
+	case slices.ContainsFunc(cfg.RequiredPlugins, func(uri string) bool { return strings.Contains(uri, ".cri") }):
 		return nil, err
+	default: // all others of the host go on (contract 2.1.4)
+		log.Error("Kubernetes' services are not available", "error", err)
+		kube = nil
 	}
 	if kube != nil {
 		watch.Add(canary.Check{Name: "network", Run: kube.checkNetwork})
