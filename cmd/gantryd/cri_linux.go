@@ -41,8 +41,8 @@ import (
 
 // The types of Kubernetes' components (contract 2.2).
 const (
-	typeCRI               = "io.containerd.cri.v1"
-	typeSandboxController = "io.containerd.sandbox.controller.v1"
+	typeCRI                  = "io.containerd.cri.v1"
+	typePodSandboxController = "io.containerd.podsandbox.controller.v1"
 )
 
 // criDeps is what Kubernetes' part stands on.
@@ -167,6 +167,11 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	pause := cripod.NewPodSandbox(controllerDeps)
 	d.controllers.own[cristate.SandboxerPodSandbox] = pause
 	d.controllers.own[cristate.SandboxerPauseless] = cripod.NewPauseless(controllerDeps, pause)
+	for _, id := range []string{cristate.SandboxerPodSandbox, cristate.SandboxerPauseless} {
+		if _, err := plugin.Open(ctx, host, plugin.New(typePodSandboxController, id, struct{}{}, func(context.Context, *plugin.Env, struct{}) (struct{}, error) { return struct{}{}, nil })); err != nil {
+			return nil, err
+		}
+	}
 	podService := cripod.New(cripod.Deps{NRI: askPods, Views: d.views, Controllers: d.controllers, Pods: pods, Config: config, Dirs: dirs, Network: network, Images: podImages,
 		Containers: containerService, Labels: podLabels(config), Notify: notifier, Log: log, Faults: d.faults})
 

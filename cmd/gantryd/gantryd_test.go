@@ -443,7 +443,7 @@ func TestRecordedRoot(t *testing.T) {
 	}
 }
 
-// contract: 2.2.1, 2.2.2, 2.2.3, 2.2.4, 2.2.5, 2.2.6, 2.2.7, 2.2.8, 2.2.9, 2.2.10, 2.2.15, 2.2.16, 2.2.18, 2.2.21, 2.2.22, 2.2.28, 2.1.2, 2.1.3, 13.11, 5.5.6
+// contract: 2.2.1, 2.2.2, 2.2.3, 2.2.4, 2.2.5, 2.2.6, 2.2.7, 2.2.8, 2.2.9, 2.2.10, 2.2.11, 2.2.12, 2.2.15, 2.2.16, 2.2.18, 2.2.21, 2.2.22, 2.2.25, 2.2.26, 2.2.28, 2.1.2, 2.1.3, 13.11, 5.5.6
 func TestPlugins(t *testing.T) {
 	s := newServer(t, "")
 	s.start()
@@ -460,22 +460,24 @@ func TestPlugins(t *testing.T) {
 	}
 	root := s.dir + "/root/"
 	for uri, exports := range map[string]map[string]string{
-		"io.containerd.content.v1.content":       {"root": root + "io.containerd.content.v1.content"},
-		"io.containerd.metadata.v1.bolt":         {"policy": "shared", "path": root + "io.containerd.metadata.v1.bolt/meta.db"},
-		"io.containerd.snapshotter.v1.overlayfs": {"root": root + "io.containerd.snapshotter.v1.overlayfs"},
-		"io.containerd.snapshotter.v1.native":    {"root": root + "io.containerd.snapshotter.v1.native"},
-		"io.containerd.differ.v1.walking":        nil,
-		"io.containerd.gc.v1.scheduler":          {"PauseThreshold": "0.02", "MutationThreshold": "100", "DeletionThreshold": "0", "ScheduleDelay": "0s"},
-		"io.containerd.lease.v1.manager":         nil,
-		"io.containerd.event.v1.exchange":        nil,
-		"io.containerd.runtime.v2.task":          {"log-uri-schemes": "fifo,binary,binary-v2,file"},
-		"io.containerd.shim.v1.manager":          nil,
-		"io.containerd.sandbox.store.v1.local":   nil,
-		"io.containerd.streaming.v1.manager":     nil,
-		"io.containerd.transfer.v1.local":        nil,
-		"io.containerd.warning.v1.deprecations":  nil,
-		"io.containerd.server.v1.grpc":           nil,
-		"io.containerd.server.v1.ttrpc":          nil,
+		"io.containerd.content.v1.content":         {"root": root + "io.containerd.content.v1.content"},
+		"io.containerd.metadata.v1.bolt":           {"policy": "shared", "path": root + "io.containerd.metadata.v1.bolt/meta.db"},
+		"io.containerd.snapshotter.v1.overlayfs":   {"root": root + "io.containerd.snapshotter.v1.overlayfs"},
+		"io.containerd.snapshotter.v1.native":      {"root": root + "io.containerd.snapshotter.v1.native"},
+		"io.containerd.differ.v1.walking":          nil,
+		"io.containerd.gc.v1.scheduler":            {"PauseThreshold": "0.02", "MutationThreshold": "100", "DeletionThreshold": "0", "ScheduleDelay": "0s"},
+		"io.containerd.lease.v1.manager":           nil,
+		"io.containerd.event.v1.exchange":          nil,
+		"io.containerd.runtime.v2.task":            {"log-uri-schemes": "fifo,binary,binary-v2,file"},
+		"io.containerd.shim.v1.manager":            nil,
+		"io.containerd.sandbox.store.v1.local":     nil,
+		"io.containerd.sandbox.controller.v1.shim": nil, "io.containerd.podsandbox.controller.v1.podsandbox": nil,
+		"io.containerd.cri.v1.images": nil, "io.containerd.cri.v1.runtime": nil, "io.containerd.grpc.v1.cri": nil, "io.containerd.nri.v1.nri": nil,
+		"io.containerd.streaming.v1.manager":    nil,
+		"io.containerd.transfer.v1.local":       nil,
+		"io.containerd.warning.v1.deprecations": nil,
+		"io.containerd.server.v1.grpc":          nil,
+		"io.containerd.server.v1.ttrpc":         nil,
 	} {
 		p, ok := have[uri]
 		if !ok {

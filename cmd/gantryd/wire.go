@@ -53,6 +53,7 @@ const (
 	typeGC          = "io.containerd.gc.v1"
 	typeLease       = "io.containerd.lease.v1"
 	typeSandbox     = "io.containerd.sandbox.store.v1"
+	typeSandboxer   = "io.containerd.sandbox.controller.v1"
 	typeShim        = "io.containerd.shim.v1"
 	typeRuntime     = "io.containerd.runtime.v2"
 	typeService     = "io.containerd.service.v1"
@@ -379,7 +380,7 @@ func (s syncing) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 // here: the services are packages of the wire (contract 2.2.15, 2.2.16).
 func listNames(ctx context.Context, host *plugin.Host) error {
 	for _, name := range []struct{ typ, id string }{
-		{typeLease, "manager"}, {typeSandbox, "local"}, {typeWarning, "deprecations"},
+		{typeLease, "manager"}, {typeSandbox, "local"}, {typeSandboxer, "shim"}, {typeWarning, "deprecations"},
 		{typeService, "containers-service"}, {typeService, "content-service"}, {typeService, "images-service"}, {typeService, "introspection-service"},
 		{typeService, "namespaces-service"}, {typeService, "snapshots-service"}, {typeService, "tasks-service"},
 		{typeGRPC, "containers"}, {typeGRPC, "content"}, {typeGRPC, "diff"}, {typeGRPC, "events"}, {typeGRPC, "healthcheck"}, {typeGRPC, "images"},
