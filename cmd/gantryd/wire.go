@@ -242,7 +242,7 @@ func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]s
 		return view.Services{Diff: differ(rec), Tasks: store, Transfer: transfers.In(rec), Streams: streams.In(rec.Namespace())}
 	})
 
-	parts := checks(views, snapshotters, manager, tmp)
+	parts := checks(db.Probe, snapshotters, manager, tmp)
 	if faults != nil {
 		parts = nil // a test that counts what the daemon does is not to count these
 	}

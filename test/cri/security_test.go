@@ -511,7 +511,7 @@ func TestAppArmor(t *testing.T) {
 func TestSELinuxOff(t *testing.T) {
 	n := node(t)
 	options := &runtime.SELinuxOption{User: "system_u", Role: "system_r", Type: "container_t", Level: "s0:c4,c5"}
-	dir := filepath.Join(n.Dir, "relabel")
+	dir := filepath.Join(n.Dir, "host-relabel")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

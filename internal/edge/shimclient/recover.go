@@ -365,9 +365,6 @@ func (t *entry) evict(ctx context.Context) {
 	}
 	if x != nil {
 		t.setExit(*x)
-	} else if t.bundle.has(fileCreating) {
-		t.clear(ctx, false) // nobody was told of it, nor will be
-		return
 	}
 	// The shim may still have to tell how the task ended: it was deleted just
 	// before the last daemon died, and nobody else knows any more.

@@ -80,7 +80,19 @@ func (s *store) Create(ctx context.Context, id container.ID, opts task.CreateOpt
 	if err != nil {
 		return 0, fmt.Errorf("create task %s: %w", s.key(id), err)
 	}
-	t, err := s.m.reserve(ctx, s.key(id))
+	for try := 1; ; try++ {
+		pid, err := s.tryCreate(ctx, c, opts)
+		// The shim of a group may have been about to leave, for want of
+		// containers, when this one came: then another one is started.
+		if errors.Is(err, errShimDead) && opts.APIAddress == "" && try < 3 && ctx.Err() == nil {
+			continue
+		}
+		return pid, err
+	}
+}
+
+func (s *store) tryCreate(ctx context.Context, c container.Container, opts task.CreateOptions) (uint32, error) {
+	t, err := s.m.reserve(ctx, s.key(c.ID))
 	if err != nil {
 		return 0, fmt.Errorf("create: %w", err)
 	}
@@ -88,7 +100,7 @@ func (s *store) Create(ctx context.Context, id container.ID, opts task.CreateOpt
 		return 0, err
 	}
 	defer t.exitGate()
-	pid, err = s.create(ctx, t, c, opts)
+	pid, err := s.create(ctx, t, c, opts)
 	if err != nil {
 		return 0, fmt.Errorf("create task %s: %w", t.key, err)
 	}

@@ -20,6 +20,7 @@ import (
 // methods, which is how a commit knows whether there is anything to commit and
 // whether a call that failed left something to undo.
 type txn struct {
+	probe   bool // it is to be committed though it changes nothing
 	tx      *bolt.Tx
 	changed bool
 	deleted bool // something may have become collectable
@@ -124,6 +125,12 @@ func (db *DB) update(ctx context.Context, fn func(*txn) error) error {
 	return c.err
 }
 
+// Probe commits a transaction that changes nothing: what it takes to write
+// works, if it returns nil.
+func (db *DB) Probe(ctx context.Context) error {
+	return db.update(ctx, func(t *txn) error { t.probe = true; return nil })
+}
+
 // commit runs the calls in as few transactions as their failures allow. A
 // call that fails after it changed something has to be undone, so the others
 // run again without it; one that fails before costs nothing.
@@ -182,7 +189,7 @@ func (db *DB) attempt(batch []*call) (bad int, err error) {
 		if c.err != nil && t.changed {
 			return i, nil
 		}
-		changed = changed || t.changed
+		changed = changed || t.changed || t.probe
 	}
 	at = -1
 	if !changed {

@@ -264,7 +264,7 @@ func (s *Service) measureLayers(ctx context.Context) {
 		// One that is new changes most: it is looked at sooner.
 		age := end.Sub(time.Unix(0, m.c.Status().CreatedAt))
 		wait := max(s.o.Period, min(s.o.LayerPeriod, age), min(maxLayerWait, layerShare*end.Sub(begin)))
-		if !isRunning(m.c.Status()) {
+		if m.c.Status().FinishedAt != 0 { // one that was only created is about to write
 			wait = max(wait, maxSkip*s.o.LayerPeriod)
 		}
 		bad := err != nil && ctx.Err() == nil && !errdefs.IsNotFound(err)
