@@ -365,6 +365,11 @@ func (t *entry) evict(ctx context.Context) {
 	}
 	if x != nil {
 		t.setExit(*x)
+	} else if t.bundle.has(fileCreating) && t.bundle.has(fileSandbox) {
+		// Nobody was given it, and who makes pods tries again by itself. Its end is not made up: it
+		// could be taken for that of the task that the caller makes when it tries again.
+		t.clear(ctx, false)
+		return
 	}
 	// The shim may still have to tell how the task ended: it was deleted just
 	// before the last daemon died, and nobody else knows any more.

@@ -215,7 +215,9 @@ func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit
 		few, cancel := context.WithTimeout(ctx, s.Limits.Kill)
 		p, err := s.tasks().Get(few, container.ID(id), "")
 		cancel()
-		if err == nil && p.Status != task.StatusStopped || x.Pid != 0 && !errdefs.IsNotFound(err) {
+		if err == nil && p.Status == task.StatusStopped && p.Pid == st.Pid {
+			x.Pid, x.Status, x.At = p.Pid, p.ExitStatus, p.ExitedAt // it knows how it ended
+		} else if err == nil && p.Status != task.StatusStopped || x.Pid != 0 && !errdefs.IsNotFound(err) {
 			return
 		}
 	}
