@@ -553,9 +553,8 @@ func (db *DB) reclaimSnapshot(ctx context.Context, name string, back snapshot.St
 }
 
 // recoverCommits finishes what a crash interrupted between the two halves of
-// Commit: the backend has a committed snapshot under a number that was never
-// written to the file, and a record names an active one that is no longer
-// there. The client was not answered; its record is removed, and the data,
+// Commit: the backend has a committed snapshot that no record names, and a
+// record names an active one that is no longer there. The client was not answered; its record is removed, and the data,
 // which has no name, is reclaimed with the rest. Nothing else that is missing
 // from a backend loses its record: a snapshotter that answers with nothing
 // may only be starting.
@@ -566,9 +565,26 @@ func (db *DB) recoverCommits(ctx context.Context, name string, infos map[string]
 	if !first {
 		return nil
 	}
+	// The number itself tells nothing: another commit may have written a higher one.
+	named := map[string]bool{}
+	if err := db.view(func(t *txn) error {
+		for key := range infos {
+			if ns, _, _, ok := splitBackend(key); ok && !named["\x00"+string(ns)] {
+				named["\x00"+string(ns)] = true
+				if all := t.find(string(ns), kSnapshots, name); all != nil {
+					for _, k := range bucketNames(all) {
+						named[readString(all.Bucket([]byte(k)), kName)] = true
+					}
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
 	interrupted := map[namespace.ID]bool{}
 	for key, i := range infos {
-		if ns, seq, _, ok := splitBackend(key); ok && i.Kind == snapshot.KindCommitted && seq > db.seqs.saved[seqKey{ns, name}] {
+		if ns, _, _, ok := splitBackend(key); ok && i.Kind == snapshot.KindCommitted && !named[key] {
 			interrupted[ns] = true
 		}
 	}
