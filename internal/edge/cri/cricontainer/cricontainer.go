@@ -133,6 +133,7 @@ type Service struct {
 	copies    map[string]*copier
 	starting  map[string]chan struct{} // closed when a start under way is over
 	signalled map[string]struct{}      // that got their stop signal (contract 7.1.13)
+	cut       map[string]*cutStart     // found by Recover, and not stored as started
 }
 
 // New makes a Service. Recover, then Run, make it live.
@@ -142,7 +143,7 @@ func New(d Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("containers of the CRI: %w", err)
 	}
-	s := &Service{Deps: d, view: v, copies: map[string]*copier{}, starting: map[string]chan struct{}{}, signalled: map[string]struct{}{}}
+	s := &Service{Deps: d, view: v, copies: map[string]*copier{}, starting: map[string]chan struct{}{}, signalled: map[string]struct{}{}, cut: map[string]*cutStart{}}
 	s.creating = attempt.New(d.Limits.Create, d.Limits.Linger, s.discard)
 	return s, nil
 }

@@ -57,6 +57,7 @@ type tasks struct {
 	create  func(context.Context, container.ID, task.CreateOptions) error
 	kill    func(context.Context, container.ID, uint32) error
 	get     func(context.Context, container.ID) error
+	started func() // a task runs, and its caller was not told yet
 
 	checkpoint func(*options.CheckpointOptions) error
 }
@@ -87,6 +88,17 @@ func (t *tasks) Create(ctx context.Context, id container.ID, o task.CreateOption
 		}
 	}
 	return t.Tasks.Create(ctx, id, o)
+}
+
+func (t *tasks) Start(ctx context.Context, id container.ID, exec task.ExecID) (uint32, error) {
+	pid, err := t.Tasks.Start(ctx, id, exec)
+	t.mu.Lock()
+	fn := t.started
+	t.mu.Unlock()
+	if fn != nil {
+		fn()
+	}
+	return pid, err
 }
 
 func (t *tasks) Kill(ctx context.Context, id container.ID, exec task.ExecID, sig uint32, all bool) error {
@@ -408,7 +420,7 @@ func (n *node) kinds() []string {
 
 // crashAt makes a service stop for ever at a point, as if the daemon were
 // killed there. The channel is closed when it is reached.
-func crashAt(t *testing.T, point string) (*fault.Points, <-chan struct{}) {
+func crashAt(t *testing.T, point string) (*fault.Points, chan struct{}) {
 	t.Helper()
 	reached := make(chan struct{})
 	p, err := fault.Parse(point+":1", func(string) { close(reached); select {} })

@@ -152,7 +152,41 @@ func (s *Service) adopt(rec container.Container, ext typed.Any) error {
 		return err
 	}
 	s.found = append(s.found, c)
+	if st.StartedAt == 0 && st.FinishedAt == 0 {
+		s.cut[meta.ID] = &cutStart{known: make(chan struct{})}
+	}
 	return nil
+}
+
+// cutStart is a start that the last daemon may have been killed in. Its caller
+// was told nothing, so who asks again gets its result.
+type cutStart struct {
+	known     chan struct{} // closed when its shim was asked
+	succeeded bool          // valid once known
+}
+
+// resumed waits until it is known whether the last daemon started a container,
+// and says so to the first who asks: its task must not be made a second time,
+// nor be taken for lost by the comparison under way.
+func (s *Service) resumed(ctx context.Context, id string) (bool, error) {
+	s.mu.Lock()
+	cut := s.cut[id]
+	s.mu.Unlock()
+	if cut == nil {
+		return false, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.Limits.Start)
+	defer cancel()
+	select {
+	case <-cut.known:
+	case <-ctx.Done():
+		return false, fmt.Errorf("start container %s (learn whether the last daemon started it): %w", id, ctx.Err())
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first := s.cut[id] == cut
+	delete(s.cut, id)
+	return first && cut.succeeded, nil
 }
 
 // askers is how many shims are asked at a time after a start.
@@ -216,6 +250,15 @@ func (s *Service) letGo() {
 // reconcile asks a container's task, as often as it takes to get an answer.
 // Until then the container is as it was when the last daemon ended.
 func (s *Service) reconcile(ctx context.Context, c *cristate.Container, turns chan struct{}) {
+	s.mu.Lock()
+	cut := s.cut[c.ID()]
+	s.mu.Unlock()
+	if cut != nil {
+		defer func() {
+			cut.succeeded = c.Status().StartedAt != 0
+			close(cut.known)
+		}()
+	}
 	if c.Status().FinishedAt != 0 {
 		// Its task may not have been deleted any more.
 		if err := s.deleteTask(ctx, c.ID()); err != nil && ctx.Err() == nil {

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -75,6 +78,71 @@ func TestKilledInStart(t *testing.T) {
 				if err := n.s.Start(t.Context(), id); err != nil {
 					t.Error(err)
 				}
+			}
+			if err := n.s.Remove(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			n.nothingLeft()
+		})
+	}
+}
+
+// Who starts a container again while its shim is still being asked what the
+// last daemon had done gets the result of that, and its task is not taken for
+// lost.
+// contract: 7.3.30
+// promise: P5, P11
+func TestStartBeforeRecovered(t *testing.T) {
+	for _, point := range []string{"nothing", "created", "runs"} {
+		t.Run(point, func(t *testing.T) {
+			n := newNode(t, ocispec.ImageConfig{}, nil)
+			reached := make(chan struct{})
+			switch point {
+			case "created":
+				n.change = func(d *Deps) { d.Faults, reached = crashAt(t, "cri.container.task-created") }
+			case "runs":
+				n.tasks.started = func() { close(reached); select {} }
+			}
+			n.boot()
+			id := n.create(app("a"))
+			if point != "nothing" {
+				go n.s.Start(t.Context(), id) // never returns
+				<-reached
+			}
+			asked, answer := make(chan struct{}), make(chan struct{})
+			n.tasks.hook(func() {
+				n.tasks.started = nil
+				n.tasks.get = func(context.Context, container.ID) error {
+					close(asked)
+					<-answer
+					return nil
+				}
+			})
+			n.change = nil
+			n.boot()
+			<-asked
+			n.tasks.hook(func() { n.tasks.get = nil })
+			before, err := n.tasks.List(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			few, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			if err := n.s.Start(few, id); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "last daemon") {
+				t.Errorf("%v", err)
+			}
+			if all, err := n.tasks.List(t.Context()); err != nil || !slices.Equal(all, before) {
+				t.Errorf("%v %v, was %v", all, err, before)
+			}
+			close(answer)
+			if err := n.s.Start(t.Context(), id); err != nil {
+				t.Error(err)
+			}
+			if st := n.get(id).Status(); st.State() != runtime.ContainerState_CONTAINER_RUNNING || st.Pid == 0 {
+				t.Errorf("%+v", st)
+			}
+			if err := n.s.Start(t.Context(), id); !errdefs.IsFailedPrecondition(err) {
+				t.Errorf("started twice: %v", err)
 			}
 			if err := n.s.Remove(t.Context(), id); err != nil {
 				t.Fatal(err)

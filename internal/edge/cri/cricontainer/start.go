@@ -21,14 +21,18 @@ import (
 const cleanup = 30 * time.Second
 
 // Start starts a container that was created. One that cannot be started has
-// exited, with code 128 and reason StartError (contract 7.1.12). ErrNotFound;
-// ErrFailedPrecondition in another state, or if the pod is not ready.
+// exited, with code 128 and reason StartError (contract 7.1.12). One whose start
+// the last daemon was killed in, and that runs, is started (promise P5).
+// ErrNotFound; ErrFailedPrecondition in another state, or if the pod is not ready.
 func (s *Service) Start(ctx context.Context, id string) error {
 	c, err := s.Containers.Get(id)
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
 	id = c.ID()
+	if done, err := s.resumed(ctx, id); done || err != nil {
+		return err
+	}
 	unlock, err := s.Containers.Lock(ctx, id)
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
