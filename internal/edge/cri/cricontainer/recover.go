@@ -35,16 +35,21 @@ type exitNote struct {
 	At     time.Time
 }
 
-func writeExit(dir string, x task.Exit) error {
+// keepExit notes how a container ended, and returns what is noted: the first
+// who knew is right, whoever asks a shim that forgot it only makes up an end.
+func keepExit(dir string, x task.Exit) (task.Exit, error) {
+	if known, err := readExit(dir); err == nil {
+		return known, nil
+	}
 	b, err := json.Marshal(exitNote{x.Status, x.At})
 	if err != nil {
-		return err
+		return x, err
 	}
 	next := filepath.Join(dir, exitFile+".new")
 	if err := os.WriteFile(next, b, 0o600); err != nil {
-		return err
+		return x, err
 	}
-	return os.Rename(next, filepath.Join(dir, exitFile))
+	return x, os.Rename(next, filepath.Join(dir, exitFile))
 }
 
 func readExit(dir string) (task.Exit, error) {

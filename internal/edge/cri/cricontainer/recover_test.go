@@ -15,6 +15,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/event"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 )
 
@@ -193,6 +194,8 @@ func TestEndedMeanwhile(t *testing.T) {
 	}
 	<-reached
 	n.kill()
+	// The shim manager knows only that the shim forgot the task, and says so first.
+	n.change = func(d *Deps) { d.Events = overtaken{d.Events, deleted} }
 	for id, code := range map[string]uint32{stopped: 5, oom: 137} {
 		if err := n.tasks.End(container.ID(id), "", code); err != nil {
 			t.Fatal(err)
@@ -219,6 +222,21 @@ func TestEndedMeanwhile(t *testing.T) {
 	if st := n.ended(alive); st.Reason != "Completed" {
 		t.Errorf("%+v", st)
 	}
+}
+
+// overtaken brings a made-up end of a container before anything else.
+type overtaken struct {
+	event.Bus
+	id string
+}
+
+func (o overtaken) Subscribe(ctx context.Context, filters ...string) (event.Subscription, error) {
+	sub, err := o.Bus.Subscribe(ctx, filters...)
+	if err == nil {
+		err = o.Publish(ctx, event.Envelope{Timestamp: time.Now(), Namespace: cristate.Namespace, Topic: event.TopicTaskExit,
+			Event: event.TaskExit{ContainerID: o.id, ID: o.id, ExitStatus: 255, ExitedAt: time.Now()}})
+	}
+	return sub, err
 }
 
 // A container whose shim does not answer is unknown until it does.

@@ -225,7 +225,8 @@ func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit
 			return
 		}
 	}
-	if err := writeExit(s.dir(id), x); err != nil {
+	x, err := keepExit(s.dir(id), x)
+	if err != nil {
 		s.Log.Error("keep the exit of a container", "container", id, "error", err)
 	}
 	deleted := make(chan error, 1)
