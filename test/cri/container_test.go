@@ -255,7 +255,7 @@ func TestCreateIdempotent(t *testing.T) {
 	// Whoever gives up somewhere on the way is as well off when asking again.
 	for i := range 20 {
 		config.Metadata.Attempt = uint32(2 + i)
-		ctx, cancel := context.WithTimeout(critest.Context(t), time.Duration(i)*time.Millisecond)
+		ctx, cancel := context.WithTimeout(critest.Context(t), critest.Slow(time.Duration(i)*time.Millisecond))
 		_, _ = create(ctx)
 		cancel()
 		id, err := create(critest.Context(t))

@@ -43,7 +43,7 @@ func events(t *testing.T, n *critest.Node) <-chan *runtime.ContainerEventRespons
 // next is the next event of a pod or one of its containers.
 func next(t *testing.T, from <-chan *runtime.ContainerEventResponse, ids ...string) *runtime.ContainerEventResponse {
 	t.Helper()
-	late := time.After(20 * time.Second)
+	late := time.After(critest.Slow(20 * time.Second))
 	for {
 		select {
 		case e := <-from:
@@ -51,7 +51,7 @@ func next(t *testing.T, from <-chan *runtime.ContainerEventResponse, ids ...stri
 				return e
 			}
 		case <-late:
-			t.Fatal("no event within 20 s")
+			t.Fatal("no event in time")
 		}
 	}
 }

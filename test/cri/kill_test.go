@@ -69,7 +69,7 @@ var errAgain = errors.New("killed on the way")
 func (c *churn) call(what string, fn func(context.Context) error) error {
 	c.up.RLock()
 	life := c.life.Load()
-	ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(40*time.Second))
 	err := fn(ctx)
 	cancel()
 	c.up.RUnlock()
@@ -210,7 +210,7 @@ func (c *churn) round(w int, rnd *rand.Rand, handler string) error {
 	for i, b := range boxes {
 		who := fmt.Sprintf("worker %d, container %d (%s)", w, i, b.ID)
 		var st *runtime.ContainerStatus
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		for deadline := time.Now().Add(critest.Slow(30 * time.Second)); ; time.Sleep(5 * time.Millisecond) {
 			var err error
 			if st, err = c.status(b.ID); err != nil {
 				return err
@@ -219,7 +219,7 @@ func (c *churn) round(w int, rnd *rand.Rand, handler string) error {
 				break
 			}
 			if time.Now().After(deadline) {
-				c.t.Errorf("%s is %s after 30 s", who, st.State)
+				c.t.Errorf("%s is %s after a long time", who, st.State)
 				return errors.New("it does not end")
 			}
 		}
@@ -265,7 +265,7 @@ func (c *churn) status(id string) (st *runtime.ContainerStatus, err error) {
 // differences compares what the daemon says with what the kernel and the files
 // show, while nobody asks it for anything.
 func (c *churn) differences() (bad []string) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(10*time.Second))
 	defer cancel()
 	pods, err := c.RT.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
 	if err != nil {
@@ -478,7 +478,7 @@ func TestKillDuringChurn(t *testing.T) {
 		if err == nil && rnd.IntN(2) == 0 {
 			// Otherwise the workers meet a daemon that is not done with recovery.
 			var bad []string
-			for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			for deadline := time.Now().Add(critest.Slow(20 * time.Second)); ; time.Sleep(10 * time.Millisecond) {
 				if bad = c.differences(); len(bad) == 0 || time.Now().After(deadline) {
 					break
 				}
@@ -526,7 +526,7 @@ func TestKillDuringChurn(t *testing.T) {
 	n.Clear(t)
 	// What collection still has in hand is gone soon.
 	var left []string
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(critest.Slow(20 * time.Second)); ; time.Sleep(50 * time.Millisecond) {
 		if left = recorded(t, n); len(left) == 0 || time.Now().After(deadline) {
 			break
 		}

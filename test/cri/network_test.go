@@ -36,12 +36,12 @@ func serveText(port int, text string) string {
 
 // get reads a page from the network that the test is in.
 func get(addr string) (string, error) {
-	c, err := net.DialTimeout("tcp", addr, time.Second)
+	c, err := net.DialTimeout("tcp", addr, critest.Slow(time.Second))
 	if err != nil {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.SetDeadline(time.Now().Add(critest.Slow(3 * time.Second)))
 	if _, err := io.WriteString(c, "GET /index.html HTTP/1.0\r\n\r\n"); err != nil {
 		return "", err
 	}
@@ -55,7 +55,7 @@ func eventuallyGet(t *testing.T, addr, want string) {
 	t.Helper()
 	var got string
 	var err error
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(critest.Slow(20 * time.Second))
 	for {
 		if got, err = get(addr); err == nil && got == want {
 			return
@@ -174,7 +174,7 @@ func TestHostPorts(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(200 * time.Millisecond))
+		c.SetDeadline(time.Now().Add(critest.Slow(200 * time.Millisecond)))
 		if _, err := c.Write([]byte("ping")); err != nil {
 			return false
 		}
@@ -503,7 +503,7 @@ func TestSlowNetwork(t *testing.T) {
 		r, err := n.RT.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: c, RuntimeHandler: "hold"})
 		return r.GetPodSandboxId(), err
 	}
-	if _, err := run(300 * time.Millisecond); !errors.Is(errgrpc.ToNative(err), context.DeadlineExceeded) {
+	if _, err := run(critest.Slow(300 * time.Millisecond)); !errors.Is(errgrpc.ToNative(err), context.DeadlineExceeded) {
 		t.Errorf("%v", err)
 	}
 	critest.Eventually(t, "the plugin", func() bool { return exists(n.Dir + "/holding") })
@@ -511,7 +511,7 @@ func TestSlowNetwork(t *testing.T) {
 	// Another pod of the same handler would hang as well; those of others do not.
 	begin := time.Now()
 	n.Pod(t, "pauseless")
-	if d := time.Since(begin); d > 5*time.Second {
+	if d := time.Since(begin); d > critest.Slow(5*time.Second) {
 		t.Errorf("another pod took %v", d)
 	}
 	if l, err := n.RT.ListPodSandbox(critest.Context(t), &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{LabelSelector: c.Labels}}); err != nil || len(l.Items) != 0 {
@@ -524,12 +524,12 @@ func TestSlowNetwork(t *testing.T) {
 	answers := make(chan answer, 2)
 	for range 2 {
 		go func() {
-			id, err := run(time.Minute)
+			id, err := run(critest.Slow(time.Minute))
 			answers <- answer{id, err}
 		}()
 	}
 	// The server knows the deadline too, and says how far the pod is.
-	if _, err := run(500 * time.Millisecond); err == nil {
+	if _, err := run(critest.Slow(500 * time.Millisecond)); err == nil {
 		t.Error("it is up")
 	}
 	if exists(n.Dir + "/holding") {
@@ -575,7 +575,7 @@ func TestSlowNetwork(t *testing.T) {
 		}
 		return len(all) == 1 // the one of the other handler
 	})
-	if id, err := run(time.Minute); err != nil {
+	if id, err := run(critest.Slow(time.Minute)); err != nil {
 		t.Errorf("a retry after all: %v", err)
 	} else {
 		(&critest.Pod{Node: n, T: t, ID: id, Config: c}).Remove()
@@ -698,7 +698,7 @@ func within(t *testing.T, what string, cond func() bool) {
 	t.Helper()
 	begin := time.Now()
 	critest.Eventually(t, what, cond)
-	if d := time.Since(begin); d > 3*time.Second {
+	if d := time.Since(begin); d > critest.Slow(3*time.Second) {
 		t.Errorf("%s took %v", what, d)
 	}
 }

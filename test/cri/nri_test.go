@@ -125,7 +125,7 @@ func connect(t *testing.T, n *critest.Node, name string, p *plugin) *plugin {
 	t.Cleanup(p.Stop)
 	select {
 	case <-p.ready:
-	case <-time.After(20 * time.Second):
+	case <-time.After(critest.Slow(20 * time.Second)):
 		t.Fatalf("plugin %s was not synchronized", name)
 	}
 	return p
@@ -278,14 +278,14 @@ func TestNRISick(t *testing.T) {
 	healthy := connect(t, n, "20-healthy", &plugin{})
 	begin := time.Now()
 	pod := n.Pod(t, "pauseless", noticed)
-	if took := time.Since(begin); took > 10*time.Second {
+	if took := time.Since(begin); took > critest.Slow(10*time.Second) {
 		t.Errorf("a pod with a sleeping plugin took %s", took)
 	}
 	c := pod.Run("sleep 1000")
 	for range 3 {
 		begin := time.Now()
 		n.Pod(t, "pauseless", critest.HostNetwork)
-		if took := time.Since(begin); took > 2*time.Second {
+		if took := time.Since(begin); took > critest.Slow(2*time.Second) {
 			t.Errorf("another pod took %s", took)
 		}
 	}

@@ -195,7 +195,7 @@ func TestPodLifeCycle(t *testing.T) {
 			for range 2 {
 				begin := time.Now()
 				p.Stop()
-				if d := time.Since(begin); d > 10*time.Second {
+				if d := time.Since(begin); d > critest.Slow(10*time.Second) {
 					t.Errorf("stop took %v: containers have no grace", d)
 				}
 				if s := p.Status().Status; s.State != runtime.PodSandboxState_SANDBOX_NOTREADY || s.Network.Ip != "" || len(s.Network.AdditionalIps) != 0 {
@@ -438,7 +438,7 @@ func TestRunPodCancelled(t *testing.T) {
 	n := node(t)
 	c := n.PodConfig(t)
 	for i := range 12 {
-		ctx, cancel := context.WithTimeout(critest.Context(t), time.Duration(i*i)*time.Millisecond)
+		ctx, cancel := context.WithTimeout(critest.Context(t), critest.Slow(time.Duration(i*i)*time.Millisecond))
 		_, _ = n.RT.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: c, RuntimeHandler: "pauseless"})
 		cancel()
 		begin := time.Now()
@@ -446,7 +446,7 @@ func TestRunPodCancelled(t *testing.T) {
 		if err != nil {
 			t.Fatalf("retry %d: %v", i, err)
 		}
-		if d := time.Since(begin); d > 5*time.Second {
+		if d := time.Since(begin); d > critest.Slow(5*time.Second) {
 			t.Errorf("retry %d took %v", i, d)
 		}
 		l, err := n.RT.ListPodSandbox(critest.Context(t), &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{LabelSelector: c.Labels}})
@@ -628,12 +628,12 @@ func TestQuickStart(t *testing.T) {
 			}
 			break
 		}
-		if !errdefs.IsUnavailable(errgrpc.ToNative(err)) || time.Since(begin) > 20*time.Second {
+		if !errdefs.IsUnavailable(errgrpc.ToNative(err)) || time.Since(begin) > critest.Slow(20*time.Second) {
 			t.Fatal(err)
 		}
 	}
 	t.Logf("listens after %v, answers after %v", listening, time.Since(begin))
-	if listening > 3*time.Second { // 500 ms on an idle machine
+	if listening > critest.Slow(3*time.Second) { // 500 ms on an idle machine
 		t.Errorf("it listens only after %v", listening)
 	}
 }

@@ -61,7 +61,7 @@ func TestManyPods(t *testing.T) {
 	}
 	n := critest.Run(t, binDir, "")
 	n.Pull(t, n.Busybox)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(10*time.Minute))
 	t.Cleanup(cancel)
 
 	t.Cleanup(func() { // before the node looks for what is left
@@ -175,11 +175,11 @@ func TestManyPods(t *testing.T) {
 		if quickest == 0 || listening < quickest {
 			quickest = listening
 		}
-		if quickest < 500*time.Millisecond {
+		if quickest < critest.Slow(500*time.Millisecond) {
 			break
 		}
 	}
-	if quickest >= 500*time.Millisecond {
+	if quickest >= critest.Slow(500*time.Millisecond) {
 		t.Errorf("the socket answers %v after kill -9", quickest)
 	}
 	scrape()

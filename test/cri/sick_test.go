@@ -50,7 +50,7 @@ func newWard(t *testing.T, n *critest.Node) *ward {
 func (w *ward) others() {
 	w.t.Helper()
 	w.round(func(what string, took time.Duration) {
-		if limit := 4*w.normal + time.Second; took > limit {
+		if limit := 4*w.normal + critest.Slow(time.Second); took > limit {
 			w.t.Errorf("%s of others takes %s, %s at most when all are well", what, took, w.normal)
 		}
 	})
@@ -58,7 +58,7 @@ func (w *ward) others() {
 
 func (w *ward) round(note func(string, time.Duration)) {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(30*time.Second))
 	defer cancel()
 	timed := func(what string, fn func() error) {
 		w.t.Helper()
@@ -129,14 +129,14 @@ func (w *ward) round(note func(string, time.Duration)) {
 // and the error has to have these words.
 func (w *ward) sick(what string, fn func(context.Context) error, words ...string) {
 	w.t.Helper()
-	const limit = 800 * time.Millisecond
+	limit := critest.Slow(800 * time.Millisecond)
 	missing := ""
 	for range 3 { // on a busy machine the client's own clock may win, which knows no words
 		ctx, cancel := context.WithTimeout(context.Background(), limit)
 		began := time.Now()
 		err := fn(ctx)
 		cancel()
-		if took := time.Since(began); took > limit+2*time.Second {
+		if took := time.Since(began); took > limit+critest.Slow(2*time.Second) {
 			w.t.Errorf("%s of the sick one takes %s with a deadline of %s", what, took, limit)
 		}
 		if code := status.Code(err); code != codes.DeadlineExceeded {
@@ -187,7 +187,7 @@ func (w *ward) steady(what string, fn func()) {
 		fn()
 	}
 	var after int
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
+	for deadline := time.Now().Add(critest.Slow(20 * time.Second)); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
 		if after = w.goroutines(); after < before+tries {
 			return
 		}
@@ -258,7 +258,7 @@ func TestStoppedShim(t *testing.T) {
 	if l := listed(t, n); len(l) != 2 {
 		t.Errorf("%v", l)
 	}
-	if took := time.Since(began); took > 3*time.Second { // half a second on a machine of its own
+	if took := time.Since(began); took > critest.Slow(3*time.Second) { // half a second on a machine of its own
 		t.Errorf("the first answer after %s", took)
 	}
 	w.others()
@@ -318,7 +318,7 @@ while [ -e %[1]s/$CNI_COMMAND ]; do sleep 0.05; done
 	}
 	// The handler's network is seen a moment after it was written.
 	critest.Eventually(t, "the network", func() bool {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(time.Second))
 		defer cancel()
 		_, err := run(ctx)
 		return status.Code(err) == codes.DeadlineExceeded
@@ -460,7 +460,7 @@ func TestHungStart(t *testing.T) {
 	w.others()
 	clear()
 	critest.Eventually(t, "removal", func() bool {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(10*time.Second))
 		defer cancel()
 		_, err := n.RT.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: sick.ID})
 		return err == nil

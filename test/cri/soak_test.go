@@ -45,7 +45,7 @@ func TestExecSoak(t *testing.T) {
 	n.Pull(t, n.Busybox)
 	p := n.Pod(t, "runc")
 	c := p.Run("trap : CHLD; while :; do wait; usleep 20000; done")
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(2*time.Minute))
 	defer cancel()
 	exec := func(i int) {
 		if i%5 == 4 {
@@ -55,7 +55,7 @@ func TestExecSoak(t *testing.T) {
 			if status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "context deadline exceeded") {
 				t.Errorf("%d: %v", i, err)
 			}
-			if took := time.Since(began); took > 6*time.Second {
+			if took := time.Since(began); took > critest.Slow(6*time.Second) {
 				t.Errorf("%d: %s after a timeout of 1 s", i, took)
 			}
 			return
@@ -81,7 +81,7 @@ func TestExecSoak(t *testing.T) {
 		t.Errorf("left are %v", left)
 	}
 	var now, nowOwn int
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(critest.Slow(10 * time.Second)); ; time.Sleep(100 * time.Millisecond) {
 		// The rest is connections, which come and go.
 		if now, nowOwn = files(n.Pid()), files(shim); now <= daemon+8 && nowOwn <= own+4 {
 			break
@@ -143,7 +143,7 @@ func TestOutOfMemorySoak(t *testing.T) {
 			script, reason = "exec sleep 1000", "Error"
 		}
 		// What ends the test is for its own goroutine.
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), critest.Slow(time.Minute))
 		defer cancel()
 		r, err := n.RT.CreateContainer(ctx, &runtime.CreateContainerRequest{PodSandboxId: p.ID, Config: p.ContainerConfig(script, limited), SandboxConfig: p.Config})
 		if err == nil {

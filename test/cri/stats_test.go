@@ -58,9 +58,9 @@ func statsOf(t *testing.T, c *critest.Container) *runtime.ContainerStats {
 // less often where that takes long.
 func patiently(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !cond(); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(critest.Slow(time.Minute)); !cond(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within a minute", what)
+			t.Fatalf("%s: not in time", what)
 		}
 	}
 }
@@ -366,7 +366,7 @@ func TestReadiness(t *testing.T) {
 	}
 	n := critest.Run(t, bin, fmt.Sprintf("[plugins.'io.containerd.server.v1.metrics']\naddress = %q\n", address))
 	readyz := func() (int, string) {
-		c := http.Client{Timeout: 10 * time.Second}
+		c := http.Client{Timeout: critest.Slow(10 * time.Second)}
 		r, err := c.Get("http://" + address + "/readyz")
 		if err != nil {
 			return 0, err.Error()

@@ -204,7 +204,7 @@ func (s *session) end(want string) {
 	s.t.Helper()
 	select {
 	case <-s.done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(critest.Slow(20 * time.Second)):
 		s.t.Fatalf("no end after %q, %q, %q", s.got(stdout), s.got(stderr), s.got(failure))
 	}
 	if want == "" {
@@ -355,7 +355,7 @@ func attached(t *testing.T, p *critest.Pod) {
 			c.Stop(0)
 			select {
 			case <-two.done:
-			case <-time.After(20 * time.Second):
+			case <-time.After(critest.Slow(20 * time.Second)):
 				t.Errorf("the end of the container did not end the stream")
 			}
 			_, err := c.RT.Attach(critest.Context(t), &runtime.AttachRequest{ContainerId: c.ID, Stdout: true})
@@ -468,7 +468,7 @@ func overWS(t *testing.T, p *critest.Pod, port int32, say string) (answer, failu
 		t.Error(err)
 	}
 	var out [2]string
-	if err := ws.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := ws.SetReadDeadline(time.Now().Add(critest.Slow(20 * time.Second))); err != nil {
 		t.Fatal(err)
 	}
 	for {

@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -202,7 +201,7 @@ func (n *Node) Start(env ...string) error {
 	if err == nil {
 		err = n.Connect()
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Slow(20*time.Second))
 	defer cancel()
 	for err == nil {
 		if _, err = n.RT.Version(ctx, &runtime.VersionRequest{}); status.Code(err) != codes.Unavailable {
@@ -277,7 +276,7 @@ func Run(t testing.TB, bin, extra string) *Node {
 // Clear removes all pods.
 func (n *Node) Clear(t testing.TB) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), Slow(time.Minute))
 	defer cancel()
 	pods, err := n.RT.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
 	if err != nil {
@@ -319,19 +318,12 @@ func (n *Node) Left() []string {
 	return left
 }
 
-// slow is by how much more than usual is waited, on machines where that is
-// needed: GANTRY_SLOW, 1 by default.
-func slow() time.Duration {
-	n, err := strconv.Atoi(os.Getenv("GANTRY_SLOW"))
-	if err != nil {
-		return 1
-	}
-	return time.Duration(max(n, 1))
-}
+// Slow is daemontest.Slow.
+func Slow[T ~int64](d T) T { return daemontest.Slow(d) }
 
 // Context ends with the test and after a minute.
 func Context(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), slow()*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), Slow(time.Minute))
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -551,7 +543,7 @@ func (c *Container) Log() string {
 // exit code than 0 is a failure.
 func (c *Container) Exec(script string) string {
 	c.T.Helper()
-	r, err := c.RT.ExecSync(Context(c.T), &runtime.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"/bin/sh", "-c", script}, Timeout: 30})
+	r, err := c.RT.ExecSync(Context(c.T), &runtime.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"/bin/sh", "-c", script}, Timeout: Slow(int64(30))})
 	if err != nil {
 		c.T.Fatalf("exec %q: %v", script, err)
 	}
@@ -580,10 +572,11 @@ func (c *Container) Remove() {
 // Eventually waits at most 20 s for cond.
 func Eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(slow() * 20 * time.Second)
+	within := Slow(20 * time.Second)
+	deadline := time.Now().Add(within)
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %v", what, slow()*20*time.Second)
+			t.Fatalf("%s: not within %v", what, within)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

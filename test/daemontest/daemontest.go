@@ -20,21 +20,22 @@ import (
 	"github.com/gantryd/gantry/client"
 )
 
-// slow is by how much more than usual is waited, on machines where that is
-// needed: GANTRY_SLOW, 1 by default.
-func slow() time.Duration {
+// Slow is how long something may take that takes at most d on usual machines:
+// GANTRY_SLOW times that, 1 by default. It is for deadlines and for bounds that
+// only forgive a busy machine, not for times that a test is about.
+func Slow[T ~int64](d T) T {
 	n, err := strconv.Atoi(os.Getenv("GANTRY_SLOW"))
 	if err != nil {
-		return 1
+		return d
 	}
-	return time.Duration(max(n, 1))
+	return T(max(n, 1)) * d
 }
 
 // Deadlines of a daemon: until it listens and serves, and until it has ended
 // after a SIGTERM.
 var (
-	startWithin = slow() * 20 * time.Second
-	stopWithin  = slow() * 15 * time.Second
+	startWithin = Slow(20 * time.Second)
+	stopWithin  = Slow(15 * time.Second)
 )
 
 // Main runs the tests of a suite with *bin set to the directory that has
