@@ -137,7 +137,7 @@ func run(b Build, a Args) error {
 
 // newDriver chooses the driver for runtime options: the library, unless a
 // program is named.
-func newDriver(namespace string, o *options.Options, log *slog.Logger) (driver.Driver, error) {
+func newDriver(namespace string, o *options.Options, limits libct.Limits, log *slog.Logger) (driver.Driver, error) {
 	if namespace != filepath.Base(namespace) {
 		return nil, fmt.Errorf("namespace %q: %w", namespace, errdefs.ErrInvalidArgument)
 	}
@@ -147,7 +147,7 @@ func newDriver(namespace string, o *options.Options, log *slog.Logger) (driver.D
 	}
 	root = filepath.Join(root, namespace)
 	if o.BinaryName == "" {
-		return libct.New(root, log), nil
+		return libct.New(root, limits, log), nil
 	}
 	return command.New(command.Config{Binary: o.BinaryName, Root: root, Systemd: o.SystemdCgroup}, log), nil
 }
@@ -520,7 +520,7 @@ func remove(a Args, stdout io.Writer, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	d, err := newDriver(a.Namespace, o, log)
+	d, err := newDriver(a.Namespace, o, libct.Inherited(), log)
 	if err != nil {
 		return err
 	}
@@ -581,7 +581,7 @@ func info(b Build, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	d, err := newDriver("default", o, log)
+	d, err := newDriver("default", o, libct.Inherited(), log)
 	if err != nil {
 		return err
 	}

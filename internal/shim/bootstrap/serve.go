@@ -58,6 +58,7 @@ func serve(b Build, a Args) error {
 	}
 	log := slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})).With("shim", a.ID, "namespace", a.Namespace)
 	libct.LogTo(out, a.Debug)
+	limits := libct.Inherited()
 	if a.DebugSocket != "" {
 		log.Warn("-debug-socket has no effect")
 	}
@@ -93,7 +94,7 @@ func serve(b Build, a Args) error {
 	var sandbox *pod.Service
 	service := task.New(task.Config{
 		Namespace: a.Namespace, Version: b.Version, Reaper: r, Events: events, Streams: stdio.NewOpener(r, log),
-		Driver:   func(o *options.Options) (driver.Driver, error) { return newDriver(a.Namespace, o, log) },
+		Driver:   func(o *options.Options) (driver.Driver, error) { return newDriver(a.Namespace, o, limits, log) },
 		Shutdown: stop, Needed: func() bool { return sandbox.Exists() }, Log: log,
 	})
 	sandbox = pod.New(pod.Config{End: service.End, Shutdown: stop})

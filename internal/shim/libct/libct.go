@@ -51,12 +51,13 @@ func LogTo(w io.Writer, debug bool) {
 type libct struct {
 	root    string
 	log     *slog.Logger
-	memlock *configs.Rlimit // what the shim was started with; nil is unknown
+	memlock *configs.Rlimit
 }
 
 // New returns a driver that keeps the state of its containers below root.
-func New(root string, log *slog.Logger) driver.Driver {
-	return &libct{root: root, log: log, memlock: memlock()}
+// Their processes inherit limits.
+func New(root string, limits Limits, log *slog.Logger) driver.Driver {
+	return &libct{root: root, log: log, memlock: limits.memlock}
 }
 
 type container struct {

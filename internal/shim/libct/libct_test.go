@@ -138,7 +138,7 @@ func TestKeepMemlock(t *testing.T) {
 	if len(p.Rlimits) != 1 || p.Rlimits[0].Soft != 5 || was.Soft != 10 {
 		t.Errorf("%v", p.Rlimits)
 	}
-	if l := memlock(); l == nil || l.Type != 8 {
+	if l := Inherited().memlock; l == nil || l.Type != 8 {
 		t.Errorf("%v", l)
 	}
 }

@@ -62,18 +62,24 @@ func newProcess(spec *specs.Process) (*libcontainer.Process, error) {
 	return p, nil
 }
 
-// memlock is this process's limit of locked memory.
-func memlock() *configs.Rlimit {
+// Limits are those that the shim was started with.
+type Limits struct {
+	memlock *configs.Rlimit // nil is unknown
+}
+
+// Inherited are this process's limits. The library lifts that of locked memory
+// for good when it loads a cgroup's device program: they are those that the
+// process was started with only before its first container.
+func Inherited() Limits {
 	var l unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &l) != nil {
-		return nil
+		return Limits{}
 	}
-	return &configs.Rlimit{Type: unix.RLIMIT_MEMLOCK, Hard: l.Max, Soft: l.Cur}
+	return Limits{&configs.Rlimit{Type: unix.RLIMIT_MEMLOCK, Hard: l.Max, Soft: l.Cur}}
 }
 
 // keepMemlock gives a process the limit that it would inherit, if it is given no
-// other: the library lifts the shim's own for good when it loads a cgroup's
-// device program, and later processes would inherit that.
+// other.
 func keepMemlock(p *libcontainer.Process, l *configs.Rlimit) {
 	if l != nil && !slices.ContainsFunc(p.Rlimits, func(r configs.Rlimit) bool { return r.Type == l.Type }) {
 		p.Rlimits = append(p.Rlimits, *l)
