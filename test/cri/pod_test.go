@@ -49,7 +49,7 @@ func TestRuntimeInfo(t *testing.T) {
 	for _, h := range st.RuntimeHandlers {
 		names = append(names, h.Name)
 	}
-	if strings.Join(names, ",") != ",crun,pauseless,runc" || !st.RuntimeHandlers[0].Features.RecursiveReadOnlyMounts || !st.Features.SupplementalGroupsPolicy {
+	if strings.Join(names, ",") != ",crun,pauseless,runc" || !st.RuntimeHandlers[0].Features.RecursiveReadOnlyMounts || !st.Features.SupplementalGroupsPolicy || !st.Features.UserNamespacesHostNetwork || !st.Features.MountOptions {
 		t.Errorf("handlers %q: %v", names, st)
 	}
 	for _, key := range []string{"config", "golang", "cniconfig", "lastCNILoadStatus"} {

@@ -194,7 +194,7 @@ func (s *Server) Status(ctx context.Context, r *runtime.StatusRequest) (*runtime
 			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.d.Network.Status(ctx, "")),
 			s.deprecations(),
 		}},
-		Features: &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, UserNamespacesHostNetwork: true},
+		Features: &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, UserNamespacesHostNetwork: true, MountOptions: true},
 	}
 	names := make([]string, 0, len(s.d.Runtime.Containerd.Runtimes)+1)
 	for name := range s.d.Runtime.Containerd.Runtimes {
