@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/typed"
@@ -77,13 +78,13 @@ func buryCanaries(ctx context.Context, snapshotters map[string]snapshot.Store) e
 	return errors.Join(errs...)
 }
 
-// debugHTTP serves readiness at an address, if there is one.
-func debugHTTP(name, address string, listen func() (net.Listener, error), c *canary.Canary) lifecycle.Component {
+// debugHTTP serves readiness and metrics at an address, if there is one.
+func debugHTTP(name, address string, listen func() (net.Listener, error), c *canary.Canary, metrics prometheus.Gatherer) lifecycle.Component {
 	if address == "" {
 		return lifecycle.Component{Name: name}
 	}
 	var l net.Listener
-	srv := &http.Server{Handler: debughttp.Handler(c.Results), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
+	srv := &http.Server{Handler: debughttp.Handler(c.Results, metrics), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
 	return lifecycle.Component{Name: name,
 		Start: func(context.Context) (err error) {
 			if l, err = listen(); err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
+	"github.com/prometheus/client_golang/prometheus"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"tags.cncf.io/container-device-interface/pkg/cdi"
 
@@ -56,6 +57,7 @@ type criDeps struct {
 	controllers  *sandboxers
 	ready        func() error
 	deprecations map[string]string
+	metrics      prometheus.Registerer
 	faults       *fault.Points
 }
 
@@ -110,7 +112,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	root, state := filepath.Join(d.root, cristate.PluginID), filepath.Join(d.state, cristate.PluginID)
 	images, err := plugin.Open(ctx, host, plugin.New(typeCRI, "images", cristate.DefaultImagesConfig(), func(_ context.Context, env *plugin.Env, c cristate.ImagesConfig) (*criimage.Service, error) {
 		return criimage.New(criimage.Deps{Source: d.views, Events: d.bus, Unpacker: d.unpacker, Config: c, Runtime: config, Roots: d.roots,
-			HostsDir: filepath.Join(state, "hosts"), Log: env.Log})
+			HostsDir: filepath.Join(state, "hosts"), Metrics: d.metrics, Log: env.Log})
 	}))
 	if err != nil {
 		return nil, err
@@ -126,7 +128,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	if config.CNI.BinDir != "" {
 		bins = []string{config.CNI.BinDir}
 	}
-	network, err := cni.Open(cni.Options{Dir: filepath.Join(d.root, "io.gantry.cni"), PerRuntime: handlers, Log: log, Faults: d.faults, Config: cni.Config{
+	network, err := cni.Open(cni.Options{Dir: filepath.Join(d.root, "io.gantry.cni"), PerRuntime: handlers, Log: log, Faults: d.faults, Metrics: d.metrics, Config: cni.Config{
 		BinDirs: bins, ConfDir: config.CNI.ConfDir, MaxConfNum: config.CNI.MaxConfNum, SetupSerially: config.CNI.SetupSerially, ConfTemplate: config.CNI.ConfTemplate,
 		IPPref: config.CNI.IPPref, UseInternalLoopback: config.CNI.UseInternalLoopback}})
 	if err != nil {
@@ -146,7 +148,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	}
 
 	var containerService *cricontainer.Service
-	plugins, askPods, askContainers, err := openNRI(ctx, host, config, pods, containers, func() *cricontainer.Service { return containerService })
+	plugins, askPods, askContainers, err := openNRI(ctx, host, config, d.metrics, pods, containers, func() *cricontainer.Service { return containerService })
 	if err != nil {
 		return nil, err
 	}
@@ -173,7 +175,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		}
 	}
 	podService := cripod.New(cripod.Deps{NRI: askPods, Views: d.views, Controllers: d.controllers, Pods: pods, Config: config, Dirs: dirs, Network: network, Images: podImages,
-		Containers: containerService, Labels: podLabels(config), Notify: notifier, Log: log, Faults: d.faults})
+		Containers: containerService, Labels: podLabels(config), Notify: notifier, Metrics: d.metrics, Log: log, Faults: d.faults})
 
 	period, retention, err := cristats.Periods(config)
 	if err != nil {
@@ -203,7 +205,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	}
 	var opened atomic.Bool
 	c := &cri{tcp: !serverConfig.DisableTCPService, network: network, networks: config.CNI.ConfDir, server: criserver.New(criserver.Deps{Notifier: notifier, Pods: podService, Containers: containerService, Images: images, Execs: streams, Streams: server,
-		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: driver, Version: version, Log: log,
+		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: driver, Version: version, Metrics: d.metrics, Log: log,
 		Features: func(ctx context.Context, _ string, rt cristate.Runtime) criserver.Features {
 			return look.features(ctx, rt)
 		},

@@ -15,6 +15,7 @@ import (
 
 	"github.com/moby/sys/userns"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/diff"
@@ -24,6 +25,7 @@ import (
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/daemon/config"
 	"github.com/gantryd/gantry/internal/daemon/lifecycle"
+	"github.com/gantryd/gantry/internal/edge/debughttp"
 	"github.com/gantryd/gantry/internal/edge/registry"
 	"github.com/gantryd/gantry/internal/edge/shimclient"
 	"github.com/gantryd/gantry/internal/engine/blobdir"
@@ -247,9 +249,11 @@ func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]s
 		parts = nil // a test that counts what the daemon does is not to count these
 	}
 	watch := canary.New(parts, 0, 0, log)
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(debughttp.Readiness(watch.Results))
 	controllers := &sandboxers{shim: manager.Sandboxes, own: map[string]sandbox.Controller{}}
 	kube, err := openCRI(ctx, host, criDeps{root: cfg.Root, state: cfg.State, views: views, bus: bus, manager: manager, unpacker: unpacker,
-		roots: snapshotterRoots(host), controllers: controllers, deprecations: deprecations, faults: faults, ready: func() error {
+		roots: snapshotterRoots(host), controllers: controllers, deprecations: deprecations, metrics: metrics, faults: faults, ready: func() error {
 			var names []string // the network is told apart (contract 7.1.2)
 			for _, c := range parts {
 				names = append(names, c.Name)
@@ -307,10 +311,10 @@ func assemble(ctx context.Context, cfg *config.Config, deprecations map[string]s
 		{Name: "removal of ended containers", Run: autoremove.New(views, db.Namespaces(), bus, filepath.Join(cfg.Root, "io.gantry.logs"), log).Run},
 		{Name: "garbage collection", Run: collector.Run},
 		{Name: "readiness", Run: watch.Run, Stop: func(ctx context.Context) error { return buryCanaries(ctx, snapshotters) }},
-		debugHTTP("metrics server", servers.Metrics.Address, func() (net.Listener, error) { return net.Listen("tcp", servers.Metrics.Address) }, watch),
+		debugHTTP("metrics server", servers.Metrics.Address, func() (net.Listener, error) { return net.Listen("tcp", servers.Metrics.Address) }, watch, metrics),
 		debugHTTP("debug server", servers.Debug.Address, func() (net.Listener, error) {
 			return listenUnix(servers.Debug.Address, servers.Debug.UID, servers.Debug.GID)
-		}, watch),
+		}, watch, metrics),
 	}
 	// The last stops first. Pods hear of events to their end; whoever else does
 	// would otherwise keep the servers from ending.

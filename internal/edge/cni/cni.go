@@ -10,6 +10,7 @@ import (
 	"time"
 
 	gocni "github.com/containerd/go-cni"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/gantryd/gantry/internal/lib/fault"
 )
@@ -42,7 +43,8 @@ type Options struct {
 	// PerRuntime are the runtime handlers with a configuration of their own.
 	PerRuntime map[string]HandlerConfig
 	Log        *slog.Logger
-	Faults     *fault.Points // may be nil
+	Faults     *fault.Points         // may be nil
+	Metrics    prometheus.Registerer // may be nil
 	// Limit is how long the plugins of one call may take together, beside the
 	// caller's deadline; 0 is two minutes. Retry is the first pause before a
 	// deletion is tried again; 0 is a second. It doubles up to a minute.
@@ -105,13 +107,4 @@ type Info struct {
 	Config *gocni.ConfigResult
 	// LoadStatus is "OK", or why the configuration was not loaded.
 	LoadStatus string
-}
-
-// Op counts the calls of one kind (contract 9.1.8).
-type Op struct {
-	Type          string // "set_up_pod", "tear_down_pod", "get_pod_network_status"
-	Total, Errors uint64
-	Seconds       float64 // all together
-	// Buckets are how many took at most that many seconds.
-	Buckets map[float64]uint64
 }

@@ -284,7 +284,7 @@ func (n *Network) UpdatePodCIDR(ctx context.Context, cidrs string) (err error) {
 	}
 	start := time.Now()
 	err = n.Status(ctx, "")
-	n.counters[opStatus].done(start, err)
+	n.counters.done(opStatus, start, err)
 	if err != nil {
 		n.reload()
 		err = n.Status(ctx, "")

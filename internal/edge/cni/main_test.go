@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/internal/lib/fault"
@@ -82,6 +83,7 @@ type lab struct {
 	root, bin, conf string
 	o               Options
 	n               *Network
+	metrics         *prometheus.Registry // of n
 	stop            func()
 }
 
@@ -132,6 +134,8 @@ func (l *lab) open() {
 	if l.stop != nil {
 		l.stop()
 	}
+	l.metrics = prometheus.NewRegistry()
+	l.o.Metrics = l.metrics
 	n, err := Open(l.o)
 	l.must(err)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -338,7 +342,7 @@ func crash(spec string) {
 func (l *lab) start(p Pod, faults string) *exec.Cmd {
 	l.Helper()
 	o := l.o
-	o.Log, o.Faults = nil, nil
+	o.Log, o.Faults, o.Metrics = nil, nil, nil
 	spec, err := json.Marshal(map[string]any{"Options": o, "Pod": p, "Faults": faults})
 	l.must(err)
 	cmd := exec.Command("/proc/self/exe")

@@ -2,58 +2,38 @@ package cni
 
 import (
 	"math"
-	"sync/atomic"
 	"time"
-)
 
-// bounds are the buckets' upper ones in seconds, those that Prometheus' clients use.
-var bounds = [...]float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/gantryd/gantry/internal/edge/metrics"
+)
 
 // The kinds of calls.
 const (
-	opSetup = iota
-	opTeardown
-	opStatus
-	opCount
+	opSetup    = "set_up_pod"
+	opTeardown = "tear_down_pod"
+	opStatus   = "get_pod_network_status"
 )
 
-type counter struct {
-	total, errors atomic.Uint64
-	nanos         atomic.Int64
-	buckets       [len(bounds)]atomic.Uint64 // not cumulative
+// counters are the metrics of calls by kind (contract 9.1.8).
+type counters struct {
+	total, errors *prometheus.CounterVec
+	took          *prometheus.HistogramVec
 }
 
-func (c *counter) done(start time.Time, err error) {
-	d := time.Since(start)
-	c.total.Add(1)
-	c.nanos.Add(int64(d))
+func newCounters(r prometheus.Registerer) counters {
+	const name, kind = "network_plugin_operations_", "operation_type"
+	return counters{metrics.Counter(r, name+"total", "calls of network plugins by type", kind), metrics.Counter(r, name+"errors_total", "calls of network plugins that failed, by type", kind),
+		metrics.Timer(r, name+"duration_seconds", "what calls of network plugins took, by type", kind)}
+}
+
+func (c counters) done(op string, start time.Time, err error) {
+	c.total.WithLabelValues(op).Inc()
+	c.took.WithLabelValues(op).Observe(time.Since(start).Seconds())
 	if err != nil {
-		c.errors.Add(1)
+		c.errors.WithLabelValues(op).Inc()
 	}
-	for i, b := range bounds {
-		if d.Seconds() <= b {
-			c.buckets[i].Add(1)
-			return
-		}
-	}
-}
-
-// Ops returns the counters; it never waits.
-func (n *Network) Ops() []Op {
-	names := [opCount]string{"set_up_pod", "tear_down_pod", "get_pod_network_status"}
-	ops := make([]Op, opCount)
-	for i := range ops {
-		c := &n.counters[i]
-		op := Op{Type: names[i], Total: c.total.Load(), Errors: c.errors.Load(), Seconds: time.Duration(c.nanos.Load()).Seconds(), Buckets: map[float64]uint64{}}
-		var below uint64
-		for j, b := range bounds {
-			below += c.buckets[j].Load()
-			op.Buckets[b] = below
-		}
-		op.Total = max(op.Total, below) // one was counted meanwhile
-		ops[i] = op
-	}
-	return ops
 }
 
 // after is the pause after a number of failures.

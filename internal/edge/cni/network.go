@@ -34,7 +34,7 @@ type Network struct {
 	lib      *libcni.CNIConfig
 	ops      keymutex.Map
 	kick     chan struct{} // something is due sooner than Run knows
-	counters [opCount]counter
+	counters counters
 	loading  sync.Mutex // one reads the configuration at a time
 	generate sync.Mutex // one writes it from the template at a time
 
@@ -59,7 +59,7 @@ func Open(o Options) (*Network, error) {
 	if !slices.Contains([]string{"", "ipv4", "ipv6", "cni"}, o.Config.IPPref) {
 		o.Log.Warn("cni: ip_pref is unknown, ipv4 is preferred", "ip_pref", o.Config.IPPref)
 	}
-	n := &Network{o: o, store: store{o.Dir}, kick: make(chan struct{}, 1), confs: map[string]*conf{}}
+	n := &Network{o: o, counters: newCounters(o.Metrics), store: store{o.Dir}, kick: make(chan struct{}, 1), confs: map[string]*conf{}}
 	n.lib = libcni.NewCNIConfigWithCacheDir(o.Config.BinDirs, o.CacheDir, &plugins{log: o.Log})
 	var err error
 	n.intents, err = n.store.load(func(err error) { o.Log.Error("cni: intent is ignored", "err", err) })
@@ -98,7 +98,7 @@ func Open(o Options) (*Network, error) {
 // ErrAlreadyExists; ErrDeadlineExceeded names plugin, pod and stage. Contract
 // 7.3.21, 7.3.22.
 func (n *Network) Setup(ctx context.Context, p Pod) (res Result, err error) {
-	defer func(start time.Time) { n.counters[opSetup].done(start, err) }(time.Now())
+	defer func(start time.Time) { n.counters.done(opSetup, start, err) }(time.Now())
 	in, err := n.intent(p)
 	if err != nil {
 		return Result{}, err
@@ -290,7 +290,7 @@ func (n *Network) teardown(ctx context.Context, h *held) (err error) {
 	if n.held(h.ID) != h {
 		return nil // another call was first
 	}
-	defer func(start time.Time) { n.counters[opTeardown].done(start, err) }(time.Now())
+	defer func(start time.Time) { n.counters.done(opTeardown, start, err) }(time.Now())
 	n.mark(h)
 	ctx, cancel := n.limit(ctx)
 	defer cancel()

@@ -21,6 +21,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/gantryd/gantry/internal/edge/metrics/metricstest"
 	"github.com/gantryd/gantry/internal/lib/idmap"
 	"github.com/gantryd/gantry/internal/lib/nspin"
 )
@@ -146,10 +147,11 @@ func TestRealPlugins(t *testing.T) {
 			if after := links(t); !slices.Equal(after, before) {
 				t.Errorf("interfaces %v, want %v", after, before)
 			}
-			for _, op := range l.n.Ops() {
-				want := map[string]uint64{"set_up_pod": 2, "tear_down_pod": 2}[op.Type]
-				if op.Total != want || op.Errors != 0 || want > 0 && op.Seconds <= 0 || op.Buckets[10] != want {
-					t.Errorf("%+v, want %d calls", op, want)
+			const metric = "containerd_cri_network_plugin_operations_"
+			got := metricstest.Read(t, l.metrics)
+			for _, op := range []string{" set_up_pod", " tear_down_pod"} {
+				if got[metric+"total_total"+op] != 2 || got[metric+"duration_seconds_seconds"+op] != 2 || got[metric+"errors_total_total"+op] != 0 {
+					t.Errorf("%s: %v", op, got)
 				}
 			}
 		})
@@ -456,8 +458,8 @@ func TestFaultsInChain(t *testing.T) {
 	}
 	l.until(30*time.Second, "all is deleted", func() bool { return len(l.n.Intents()) == 0 })
 	l.empty()
-	if ops := l.n.Ops(); ops[opTeardown].Total == 0 {
-		t.Errorf("%+v", ops)
+	if got := metricstest.Read(t, l.metrics); got["containerd_cri_network_plugin_operations_total_total tear_down_pod"] == 0 {
+		t.Errorf("%v", got)
 	}
 }
 
@@ -529,7 +531,7 @@ func TestForgetAndAdopt(t *testing.T) {
 // promise: P22
 func TestPluginThatNeverReturns(t *testing.T) {
 	l := newLab(t, nil)
-	l.o.Limit = 400 * time.Millisecond
+	l.o.Limit = 1500 * time.Millisecond
 	l.plugin("sick", "well")
 	store := fmt.Sprintf(`{"type":"host-local",%s}`, l.ipam("10.81.0.0/24"))
 	l.list(l.conf, "10.conflist", "n", store, "sick")
@@ -685,8 +687,9 @@ func TestConfTemplate(t *testing.T) {
 	if after, _ := os.ReadFile(file); string(after) != string(before) {
 		t.Error("a configuration that is there was replaced")
 	}
-	if op := l.n.Ops()[opStatus]; op.Total != 2 || op.Errors != 1 {
-		t.Errorf("%+v", op)
+	const metric, op = "containerd_cri_network_plugin_operations_", " get_pod_network_status"
+	if got := metricstest.Read(t, l.metrics); got[metric+"total_total"+op] != 2 || got[metric+"errors_total_total"+op] != 1 {
+		t.Errorf("%v", got)
 	}
 	l.must(os.Remove(file), os.WriteFile(l.o.Config.ConfTemplate, []byte(`{{.Nothing}}`), 0o644))
 	l.until(time.Second, "loss", func() bool { return l.n.Status(t.Context(), "") != nil })

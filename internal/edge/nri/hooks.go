@@ -45,7 +45,6 @@ func (h *Host) ask(ctx context.Context, p *plug, s subject, fn func(context.Cont
 	case h.needs(ctx, p, s.pod, name):
 		return false, fmt.Errorf("NRI plugin %s, which is required: %s: %w", p.name(), s, err)
 	}
-	h.count(p, s.String(), func(st *Stat) { st.Skipped++ })
 	h.Log.Warn("NRI plugin is left out of a call", "plugin", p.name(), "call", s.String(), "pod", s.pod.GetId(), "container", s.container.GetId(), "reason", err)
 	return true, nil
 }
@@ -272,7 +271,7 @@ func (h *Host) handlers(ctx context.Context, p *plug, s subject, out *outcome) b
 				return nil, refused()
 			}
 			out.evict = append(out.evict, r.GetEvict()...)
-			h.adjustments(p, s, r.GetAdjust(), len(r.GetUpdate()), len(r.GetEvict()))
+			h.adjusted(p, s, r.GetAdjust(), len(r.GetUpdate()), len(r.GetEvict()))
 			return r, nil
 		},
 		UpdateContainer: func(_ context.Context, req *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error) {
@@ -281,7 +280,7 @@ func (h *Host) handlers(ctx context.Context, p *plug, s subject, out *outcome) b
 				return nil, refused()
 			}
 			out.evict = append(out.evict, r.GetEvict()...)
-			h.adjustments(p, s, nil, len(r.GetUpdate()), len(r.GetEvict()))
+			h.adjusted(p, s, nil, len(r.GetUpdate()), len(r.GetEvict()))
 			return r, nil
 		},
 		StopContainer: func(_ context.Context, req *api.StopContainerRequest) (*api.StopContainerResponse, error) {
@@ -289,7 +288,7 @@ func (h *Host) handlers(ctx context.Context, p *plug, s subject, out *outcome) b
 			if !ask(func(ctx context.Context) (err error) { r, err = p.client.StopContainer(ctx, req); return err }) {
 				return nil, refused()
 			}
-			h.adjustments(p, s, nil, len(r.GetUpdate()), 0)
+			h.adjusted(p, s, nil, len(r.GetUpdate()), 0)
 			return r, nil
 		},
 		ValidateContainerAdjustment: func(_ context.Context, req *api.ValidateContainerAdjustmentRequest) error {
@@ -464,25 +463,4 @@ func (h *Host) evict(ctx context.Context, all []*api.ContainerEviction) {
 		}
 		cancel()
 	}
-}
-
-// adjustments counts what a plugin wants.
-func (h *Host) adjustments(p *plug, s subject, a *api.ContainerAdjustment, updates, evictions int) {
-	l := a.GetLinux()
-	kinds := map[string]int{"update": updates, "evict": evictions, "annotations": len(a.GetAnnotations()), "mounts": len(a.GetMounts()), "env": len(a.GetEnv()),
-		"args": len(a.GetArgs()), "rlimits": len(a.GetRlimits()), "cdi_devices": len(a.GetCDIDevices()),
-		"devices": len(l.GetDevices()), "namespaces": len(l.GetNamespaces()), "sysctl": len(l.GetSysctl()), "net_devices": len(l.GetNetDevices())}
-	for kind, set := range map[string]bool{"hooks": a.GetHooks() != nil, "resources": l.GetResources() != nil, "cgroups_path": l.GetCgroupsPath() != "", "oom_score_adj": l.GetOomScoreAdj() != nil,
-		"io_priority": l.GetIoPriority() != nil, "seccomp_policy": l.GetSeccompPolicy() != nil, "scheduler": l.GetScheduler() != nil, "rdt": l.GetRdt() != nil, "memory_policy": l.GetMemoryPolicy() != nil} {
-		if set {
-			kinds[kind] = 1
-		}
-	}
-	h.count(p, s.String(), func(st *Stat) {
-		for kind, n := range kinds {
-			if n > 0 {
-				st.Adjustments[kind] += uint64(n)
-			}
-		}
-	})
 }

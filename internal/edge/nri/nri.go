@@ -28,6 +28,7 @@ import (
 	nrilog "github.com/containerd/nri/pkg/log"
 	validator "github.com/containerd/nri/plugins/default-validator"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/prometheus/client_golang/prometheus"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
@@ -84,7 +85,8 @@ type Deps struct {
 	Evict  func(ctx context.Context, id string) error
 	// CDI adds devices named vendor/class=name to a specification; nil refuses them.
 	CDI     func(s *specs.Spec, devices []string) error
-	Version string // of the daemon, told to plugins
+	Version string                // of the daemon, told to plugins
+	Metrics prometheus.Registerer // may be nil
 	Log     *slog.Logger
 }
 
@@ -92,7 +94,8 @@ type Deps struct {
 // name of cripod and cricontainer. It is safe for concurrent use.
 type Host struct {
 	Deps
-	check *validator.DefaultValidator // nil if it is not enabled
+	check   *validator.DefaultValidator // nil if it is not enabled
+	metrics metrics
 
 	wg   sync.WaitGroup
 	stop context.CancelFunc
@@ -102,7 +105,7 @@ type Host struct {
 	listener *net.UnixListener
 	socket   os.FileInfo // as it was made
 	closed   bool
-	stats    map[statKey]*Stat
+	seen     map[string]bool // names of plugins in metrics
 }
 
 // generation is the set of plugins between two changes of it. Creations that
@@ -121,7 +124,8 @@ func New(d Deps) *Host {
 		d.Config.RequestTimeout, d.Config.RegistrationTimeout = std.RequestTimeout, std.RegistrationTimeout
 	}
 	nrilog.Set(library{d.Log})
-	h := &Host{Deps: d, now: &generation{windows: map[string]func() bool{}}, stats: map[statKey]*Stat{}}
+	h := &Host{Deps: d, now: &generation{windows: map[string]func() bool{}}, seen: map[string]bool{}}
+	h.metrics = newMetrics(h)
 	if c := d.Config.DefaultValidator; c.Enable {
 		h.check = validator.NewDefaultValidator(&c)
 	}
@@ -321,53 +325,6 @@ func (h *Host) Names() []string {
 		names = append(names, p.name())
 	}
 	return names
-}
-
-type statKey struct{ plugin, op string }
-
-// Stat counts what one plugin was asked of one kind (contract 9.1.7).
-type Stat struct {
-	Plugin, Operation string
-	Calls, Errors     uint64
-	Skipped           uint64 // of Errors: the call went on without the plugin
-	Total, Longest    time.Duration
-	// Adjustments counts by type: annotations, mounts, env, update, evict ...
-	Adjustments map[string]uint64
-}
-
-// Stats are the counters since the start, by plugin and operation.
-func (h *Host) Stats() []Stat {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var all []Stat
-	for _, s := range h.stats {
-		c := *s
-		c.Adjustments = map[string]uint64{}
-		for k, v := range s.Adjustments {
-			c.Adjustments[k] = v
-		}
-		all = append(all, c)
-	}
-	slices.SortFunc(all, func(a, b Stat) int { return strings.Compare(a.Plugin+" "+a.Operation, b.Plugin+" "+b.Operation) })
-	return all
-}
-
-// maxStats bounds the counters: names of plugins are their own choice.
-const maxStats = 4096
-
-func (h *Host) count(p *plug, op string, fn func(*Stat)) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	k := statKey{p.name(), op}
-	s := h.stats[k]
-	if s == nil {
-		if len(h.stats) >= maxStats {
-			return
-		}
-		s = &Stat{Plugin: k.plugin, Operation: op, Adjustments: map[string]uint64{}}
-		h.stats[k] = s
-	}
-	fn(s)
 }
 
 // needs says whether a pod, or a container of it, must not go on without a plugin:

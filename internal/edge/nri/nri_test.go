@@ -20,14 +20,17 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/prometheus/client_golang/prometheus"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/metrics/metricstest"
 )
 
 // world is a Host with pods and containers that are only imagined.
 type world struct {
 	*Host
+	metrics  *prometheus.Registry
 	t        *testing.T
 	mu       sync.Mutex
 	specs    map[string]*specs.Spec
@@ -44,13 +47,13 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	w := &world{t: t, specs: map[string]*specs.Spec{}, adjusted: map[string]*runtime.LinuxContainerResources{}}
+	w := &world{metrics: prometheus.NewRegistry(), t: t, specs: map[string]*specs.Spec{}, adjusted: map[string]*runtime.LinuxContainerResources{}}
 	cfg := DefaultConfig()
 	cfg.SocketPath, cfg.PluginPath, cfg.PluginConfigPath, cfg.RequestTimeout = dir+"/nri.sock", dir+"/plugins", dir+"/conf", limit
 	if change != nil {
 		change(&cfg)
 	}
-	w.Host = New(Deps{Config: cfg, Pods: cristate.NewPods(), Containers: cristate.NewContainers(), Version: "1", Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	w.Host = New(Deps{Config: cfg, Pods: cristate.NewPods(), Containers: cristate.NewContainers(), Version: "1", Metrics: w.metrics, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 		Spec: func(_ context.Context, id string) (*specs.Spec, error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -318,8 +321,8 @@ func TestLife(t *testing.T) {
 	if r := w.adjusted["before"]; r.GetCpuShares() != 99 || r.GetCpusetCpus() != "0" || r.GetMemoryLimitInBytes() != 1<<20 {
 		t.Errorf("%v", r)
 	}
-	if st := w.Stats(); len(st) == 0 || st[0].Plugin != "10-diary" || st[0].Calls == 0 {
-		t.Errorf("%v", st)
+	if m := metricstest.Read(t, w.metrics); m["containerd_nri_plugin_invocations_total  Synchronize 10-diary success"] != 1 || m["containerd_nri_plugin_latency_seconds StopContainer 10-diary"] == 0 || m["containerd_nri_active_plugins_total"] != 1 {
+		t.Errorf("%v", m)
 	}
 }
 
@@ -554,14 +557,14 @@ func TestSleeper(t *testing.T) {
 	if err := w.RunPodSandbox(t.Context(), w.pod("late", nil)); err != nil || !sleeper.told("run late") {
 		t.Errorf("%v", err)
 	}
-	skipped := uint64(0)
-	for _, s := range w.Stats() {
-		if s.Plugin == "10-sleeper" {
-			skipped += s.Skipped
+	late := 0.0
+	for name, n := range metricstest.Read(t, w.metrics) {
+		if strings.HasPrefix(name, "containerd_nri_plugin_invocations_total deadline_exceeded ") && strings.HasSuffix(name, " 10-sleeper error") {
+			late += n
 		}
 	}
-	if skipped < 10 {
-		t.Errorf("%d calls counted as skipped", skipped)
+	if late < 10 {
+		t.Errorf("%v calls without an answer in time", late)
 	}
 }
 

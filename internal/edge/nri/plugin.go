@@ -275,7 +275,10 @@ func (h *Host) container(ctx context.Context, c *cristate.Container) *api.Contai
 }
 
 // noAnswer is a plugin's failure to answer, in contrast to a refusal.
-type noAnswer struct{ reason string }
+type noAnswer struct {
+	reason string
+	late   bool // there was none in time
+}
 
 func (e noAnswer) Error() string { return e.reason }
 func (e noAnswer) Unwrap() error { return errdefs.ErrUnavailable }
@@ -301,9 +304,9 @@ func (p *plug) call(ctx context.Context, op string, limit time.Duration, fn func
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-alarm:
-		return noAnswer{"it does not answer another call"}
+		return noAnswer{reason: "it does not answer another call"}
 	case <-p.gone:
-		return noAnswer{p.why.Error()}
+		return noAnswer{reason: p.why.Error()}
 	}
 	defer func() { <-p.turn }()
 	return p.direct(ctx, op, limit, fn)
@@ -320,7 +323,7 @@ func (p *plug) direct(ctx context.Context, op string, limit time.Duration, fn fu
 	select {
 	case err = <-answer:
 	case <-p.gone:
-		err = noAnswer{p.why.Error()}
+		err = noAnswer{reason: p.why.Error()}
 	case <-within.Done():
 		// The call ends with its context, unless nobody reads the connection.
 		grace := time.NewTimer(limit / 4)
@@ -337,9 +340,9 @@ func (p *plug) direct(ctx context.Context, op string, limit time.Duration, fn fu
 	case ctx.Err() != nil:
 		err = ctx.Err()
 	case within.Err() != nil:
-		err = noAnswer{fmt.Sprintf("no answer within %s", limit)}
+		err = noAnswer{fmt.Sprintf("no answer within %s", limit), true}
 	case errors.Is(err, ttrpc.ErrClosed), errors.Is(err, ttrpc.ErrServerClosed), errors.Is(err, ttrpc.ErrProtocol), errors.Is(err, net.ErrClosed):
-		err = noAnswer{fmt.Sprintf("its connection broke: %v", err)}
+		err = noAnswer{reason: fmt.Sprintf("its connection broke: %v", err)}
 		p.close(err)
 	}
 	p.mu.Lock()
@@ -353,15 +356,7 @@ func (p *plug) direct(ctx context.Context, op string, limit time.Duration, fn fu
 		p.slow = time.Time{}
 	}
 	p.mu.Unlock()
-	p.host.count(p, op, func(s *Stat) {
-		took := time.Since(begin)
-		s.Calls++
-		s.Total += took
-		s.Longest = max(s.Longest, took)
-		if err != nil {
-			s.Errors++
-		}
-	})
+	p.host.called(p, op, time.Since(begin), err)
 	return err
 }
 

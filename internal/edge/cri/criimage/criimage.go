@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/event"
@@ -51,6 +52,7 @@ type Deps struct {
 	// HostsDir is a directory of this service's own, which need not exist. The
 	// deprecated tables of registries are written there as hosts.toml files.
 	HostsDir string
+	Metrics  prometheus.Registerer // may be nil
 	Log      *slog.Logger
 }
 
@@ -89,7 +91,7 @@ func New(d Deps) (*Service, error) {
 		d.Log = slog.New(slog.DiscardHandler)
 	}
 	d.Config.Snapshotter = cmp.Or(d.Config.Snapshotter, "overlayfs")
-	s := &Service{d: d, index: newIndex(), patience: 5 * time.Second, ready: make(chan struct{})}
+	s := &Service{d: d, index: newIndex(), counts: newCounters(d.Metrics), patience: 5 * time.Second, ready: make(chan struct{})}
 	var err error
 	if s.view, err = d.Source.In(cristate.Namespace, ""); err != nil {
 		return nil, fmt.Errorf("images of the CRI: %w", err)

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/diff"
@@ -34,6 +35,8 @@ type house struct {
 	deps Deps
 	view view.View // of another client
 	db   *boltmeta.DB
+	// metrics are those of the service that was opened last.
+	metrics *prometheus.Registry
 }
 
 func newHouse(t *testing.T) *house {
@@ -94,6 +97,8 @@ func newHouse(t *testing.T) *house {
 // open makes the service and fills its index.
 func (h *house) open() *Service {
 	h.t.Helper()
+	h.metrics = prometheus.NewRegistry()
+	h.deps.Metrics = h.metrics
 	s, err := New(h.deps)
 	if err != nil {
 		h.t.Fatal(err)

@@ -26,6 +26,7 @@ import (
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/metrics/metricstest"
 	"github.com/gantryd/gantry/internal/edge/registry/registrytest"
 	"github.com/gantryd/gantry/internal/edge/wire/wiretest"
 )
@@ -122,8 +123,10 @@ func TestLife(t *testing.T) {
 	if _, err := s.PullImage(t.Context(), &runtime.PullImageRequest{Image: &runtime.ImageSpec{Image: repo + ":absent"}}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), repo+":absent") {
 		t.Errorf("pull of what is not there: %v", err)
 	}
-	if c := s.Counters(); c.Succeeded != 2 || c.Failed != 1 || c.InProgress != 0 || c.Pulls != 2 || c.Sum <= 0 {
-		t.Errorf("counters %+v", c)
+	const metric = "containerd_cri_sandboxed_"
+	if m := metricstest.Read(t, h.metrics); m[metric+"image_pulls_total success"] != 2 || m[metric+"image_pulls_total failure"] != 1 || m[metric+"in_progress_image_pulls_total"] != 0 ||
+		m[metric+"image_pulling_throughput"] != 2 || m[metric+"image_pulling_throughput_mibps"] != 2 {
+		t.Errorf("metrics %v", m)
 	}
 
 	remove(t, s, repo+":1")
@@ -379,8 +382,8 @@ func TestSandboxImage(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if c := s.Counters(); c.Succeeded != 1 {
-		t.Errorf("pulled %d times", c.Succeeded)
+	if n := metricstest.Read(t, h.metrics)["containerd_cri_sandboxed_image_pulls_total success"]; n != 1 {
+		t.Errorf("pulled %v times", n)
 	}
 	for name, labels := range h.records() {
 		if labels["io.cri-containerd.pinned"] != "pinned" {

@@ -8,12 +8,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/content"
@@ -22,6 +23,7 @@ import (
 	"github.com/gantryd/gantry/core/registry"
 	"github.com/gantryd/gantry/core/transfer"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/metrics"
 )
 
 // PullImage implements runtime.ImageServiceServer (contract 7.2.1).
@@ -42,7 +44,7 @@ func (s *Service) PullImage(ctx context.Context, r *runtime.PullImageRequest) (*
 // been received for image_pull_progress_timeout. Errors: ErrInvalidArgument
 // for a bad reference, handler or credential; those of transfer.Service.
 func (s *Service) Pull(ctx context.Context, name, handler string, auth *runtime.AuthConfig) (id string, err error) {
-	s.counts.running.Add(1)
+	s.counts.running.Inc()
 	began := time.Now()
 	var size int64
 	defer func() { s.counts.done(err, size, time.Since(began)) }()
@@ -206,51 +208,32 @@ func (w *watch) progress(p transfer.Progress) {
 	}
 }
 
-// counters are what Counters shows.
+// counters are the metrics of pulls (contract 7.2.7, 9.1.9).
 type counters struct {
-	running, good, bad atomic.Uint64
-
-	mu      sync.Mutex
-	buckets [len(ThroughputBounds)]uint64
-	count   uint64
-	sum     float64
+	pulls       *prometheus.CounterVec
+	running     prometheus.Gauge
+	speed, fast prometheus.Histogram
 }
 
-// ThroughputBounds are the upper bounds of Counters.Throughput, in MiB/s.
-var ThroughputBounds = [...]float64{0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10}
-
-// Counters are the metrics of pulls (contract 7.2.7, 9.1.9).
-type Counters struct {
-	Succeeded, Failed, InProgress uint64
-	// Throughput counts the successful pulls that were not faster than each of
-	// ThroughputBounds; Pulls is their number and Sum their speeds' sum, in MiB/s.
-	Throughput [len(ThroughputBounds)]uint64
-	Pulls      uint64
-	Sum        float64
+func newCounters(r prometheus.Registerer) counters {
+	const name = "sandboxed_image_pulling_throughput"
+	made := promauto.With(r)
+	histogram := func(name string, buckets []float64) prometheus.Histogram {
+		return made.NewHistogram(prometheus.HistogramOpts{Namespace: "containerd", Subsystem: "cri", Name: name, Help: "sizes of images by the times of their pulls, in MiB/s", Buckets: buckets})
+	}
+	return counters{pulls: metrics.Counter(r, "sandboxed_image_pulls", "pulls of images by how they ended", "status"),
+		running: made.NewGauge(prometheus.GaugeOpts{Namespace: "containerd", Subsystem: "cri", Name: "sandboxed_in_progress_image_pulls_total", Help: "pulls of images under way"}),
+		speed:   histogram(name, prometheus.DefBuckets), fast: histogram(name+"_mibps", prometheus.ExponentialBuckets(1, 2, 12))}
 }
 
-func (c *counters) done(err error, size int64, took time.Duration) {
-	c.running.Add(^uint64(0))
+func (c counters) done(err error, size int64, took time.Duration) {
+	c.running.Dec()
 	if err != nil {
-		c.bad.Add(1)
+		c.pulls.WithLabelValues("failure").Inc()
 		return
 	}
-	c.good.Add(1)
+	c.pulls.WithLabelValues("success").Inc()
 	speed := float64(size) / (1 << 20) / max(took.Seconds(), 1e-9)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.count, c.sum = c.count+1, c.sum+speed
-	for i, b := range ThroughputBounds {
-		if speed <= b {
-			c.buckets[i]++
-		}
-	}
-}
-
-// Counters returns the numbers of now.
-func (s *Service) Counters() Counters {
-	c := &s.counts
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return Counters{Succeeded: c.good.Load(), Failed: c.bad.Load(), InProgress: c.running.Load(), Throughput: c.buckets, Pulls: c.count, Sum: c.sum}
+	c.speed.Observe(speed)
+	c.fast.Observe(speed)
 }

@@ -174,10 +174,7 @@ func TestMirror(t *testing.T) {
 		Configs: map[string]cristate.RegistryHost{mirror.Host(): {Auth: &cristate.RegistryAuth{Username: "m", Password: "mirror's"}}},
 		Headers: map[string][]string{"X-Meta": {"v"}},
 	}
-	s, err := New(h.deps)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := h.open()
 	auth := &runtime.AuthConfig{Username: "r", Password: "registry's"}
 	pullOf(t, s, reg.Host()+"/app:1", auth)
 	if n := len(reg.Requests()); n != 0 {

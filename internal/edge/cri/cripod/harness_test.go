@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -189,6 +190,7 @@ type world struct {
 	containers *fakeContainers
 	nri        *nri
 	broken     map[string]*broken
+	registry   *prometheus.Registry // of the service that was made last
 }
 
 func newWorld(t testing.TB, dir string) *world {
@@ -243,8 +245,9 @@ func (w *world) up(points *fault.Points) *Service {
 		all[name] = w.broken[name]
 	}
 	pods := cristate.NewPods()
+	w.registry = prometheus.NewRegistry()
 	s := New(Deps{Views: w.src, Controllers: all, Pods: pods, Config: cfg, Dirs: w.dirs, Network: w.net, Images: w.images, Containers: w.containers, NRI: w.nri,
-		Notify: &cristate.Notifier{Pods: pods, Containers: cristate.NewContainers(), Events: cristate.NewEvents()}, Log: log, Faults: points})
+		Notify: &cristate.Notifier{Pods: pods, Containers: cristate.NewContainers(), Events: cristate.NewEvents()}, Metrics: w.registry, Log: log, Faults: points})
 	s.group = attempt.New(runLimit, time.Millisecond, s.discard)
 	w.t.Cleanup(func() {
 		if err := s.Close(context.Background()); err != nil {

@@ -43,14 +43,10 @@ func (s *Service) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 		return "", fmt.Errorf("run pod sandbox %s: %w", name, err)
 	}
 	id, err := s.group.Do(ctx, name, func(ctx context.Context, st *attempt.Stage) (string, error) {
-		begin := time.Now()
 		id, err := s.run(ctx, cfg, name, handler, rt, st)
 		if err != nil {
-			s.Counts.RunFailed.Add(1)
 			return "", fmt.Errorf("%s: %w", st, err)
 		}
-		s.Counts.Run.Add(1)
-		s.Counts.RunNanos.Add(uint64(time.Since(begin)))
 		return id, nil
 	})
 	if err != nil {
@@ -94,7 +90,8 @@ type making struct {
 	view       view.View
 	record     sandbox.Sandbox
 	mountLabel string
-	asked      bool // NRI
+	asked      bool      // NRI
+	began      time.Time // the sandbox
 }
 
 func (s *Service) run(ctx context.Context, cfg *runtime.PodSandboxConfig, name, handler string, rt cristate.Runtime, st *attempt.Stage) (string, error) {
@@ -167,6 +164,7 @@ func (m *making) make(ctx context.Context, st *attempt.Stage) error {
 			if err != nil {
 				return fmt.Errorf("encode the configuration: %v: %w", err, errdefs.ErrInvalidArgument)
 			}
+			m.began = time.Now()
 			return m.ctrl.Create(ctx, m.record, sandbox.CreateOptions{Options: typed.Any{URL: "runtime.v1.PodSandboxConfig", Value: options}, NetNSPath: meta.NetNSPath,
 				Annotations: map[string]string{annotationMountLabel: m.mountLabel}})
 		}},
@@ -225,10 +223,9 @@ func (m *making) network(ctx context.Context) error {
 	}
 	begin := time.Now()
 	res, err := m.Network.Setup(ctx, NetworkOf(meta))
-	if err != nil {
+	if took(m.timers.connect, begin, err) != nil {
 		return err
 	}
-	m.Counts.NetworkNanos.Add(uint64(time.Since(begin)))
 	meta, _ = m.pod.Change(func(p *cristate.PodMeta, _ *cristate.PodStatus) {
 		p.IP, p.AdditionalIPs, p.CNIResult = res.IP, res.AdditionalIPs, res.Raw
 	})
@@ -264,7 +261,7 @@ func (m *making) image(ctx context.Context) error {
 func (m *making) start(ctx context.Context) error {
 	meta := m.pod.Meta()
 	inst, err := m.ctrl.Start(ctx, meta.ID)
-	if err != nil {
+	if took(m.timers.create, m.began, err, m.rt.Type) != nil {
 		return err
 	}
 	m.record.Spec = inst.Spec

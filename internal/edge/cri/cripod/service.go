@@ -14,16 +14,17 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/prometheus/client_golang/prometheus"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/sandbox"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/edge/cni"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/metrics"
 	"github.com/gantryd/gantry/internal/lib/attempt"
 	"github.com/gantryd/gantry/internal/lib/fault"
 	"github.com/gantryd/gantry/internal/lib/nspin"
@@ -83,6 +84,7 @@ type Deps struct {
 	NRI         NRI
 	Labels      Labels
 	Notify      *cristate.Notifier
+	Metrics     prometheus.Registerer // may be nil
 	Log         *slog.Logger
 	Faults      *fault.Points
 }
@@ -125,20 +127,27 @@ const (
 	askLimit  = 10 * time.Second // for the state of a pod
 )
 
-// Counts are how often something was done, for metrics.
-type Counts struct {
-	Run, RunFailed, Stop, StopFailed, Remove, RemoveFailed atomic.Uint64
-	// RunNanos is the time spent on pods that came up, NetworkNanos that on
-	// their networks.
-	RunNanos, NetworkNanos atomic.Uint64
+// timers are the metrics of pods (contract 9.1.8).
+type timers struct{ connect, disconnect, create, stop *prometheus.HistogramVec }
+
+func newTimers(r prometheus.Registerer) timers {
+	return timers{metrics.Timer(r, "sandbox_create_network", "time to connect a pod to its network"), metrics.Timer(r, "sandbox_delete_network", "time to disconnect a pod"),
+		metrics.Timer(r, "sandbox_runtime_create", "time to make and start a pod's sandbox", "runtime"), metrics.Timer(r, "sandbox_runtime_stop", "time to stop a pod's sandbox", "runtime")}
+}
+
+// took notes what a step took that succeeded.
+func took(t *prometheus.HistogramVec, begin time.Time, err error, labels ...string) error {
+	if err == nil {
+		t.WithLabelValues(labels...).Observe(time.Since(begin).Seconds())
+	}
+	return err
 }
 
 // Service runs pods. It is safe for concurrent use; operations on one pod are
 // kept apart, those on different ones never wait for each other.
 type Service struct {
 	Deps
-	// Counts are updated by every operation.
-	Counts Counts
+	timers timers
 
 	group *attempt.Group[string]
 	life  context.Context // of the goroutines that wait for pods to end
@@ -153,7 +162,7 @@ type Service struct {
 
 // New makes a Service without pods; Recover finds those there are.
 func New(d Deps) *Service {
-	s := &Service{Deps: d, kick: make(chan struct{}, 1), half: map[string]*cristate.Pod{}, unknown: map[string]*cristate.Pod{}}
+	s := &Service{Deps: d, timers: newTimers(d.Metrics), kick: make(chan struct{}, 1), half: map[string]*cristate.Pod{}, unknown: map[string]*cristate.Pod{}}
 	s.life, s.end = context.WithCancel(context.Background())
 	s.group = attempt.New(runLimit, linger, s.discard)
 	return s

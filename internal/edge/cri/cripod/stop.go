@@ -47,9 +47,7 @@ func (s *Service) locked(ctx context.Context, id string, fn func(context.Context
 // 7.1.6). It may be repeated, and must be when it fails: the error names the
 // stage and its cause. A pod that is not known is no error.
 func (s *Service) Stop(ctx context.Context, id string) error {
-	err := s.locked(ctx, id, func(ctx context.Context, p *cristate.Pod) error {
-		return count(&s.Counts.Stop, &s.Counts.StopFailed, s.stop(ctx, p))
-	})
+	err := s.locked(ctx, id, s.stop)
 	if err != nil {
 		return fmt.Errorf("stop pod sandbox %s: %w", id, err)
 	}
@@ -65,7 +63,9 @@ func (s *Service) stop(ctx context.Context, p *cristate.Pod) error {
 	if err != nil {
 		return err
 	}
-	if err := ctrl.Stop(ctx, m.ID, stopGrace); err != nil {
+	_, rt, _ := s.Config.Handler(m.RuntimeHandler) // one that is not configured any more has no name
+	begin := time.Now()
+	if err := took(s.timers.stop, begin, ctrl.Stop(ctx, m.ID, stopGrace), rt.Type); err != nil {
 		return fmt.Errorf("stop the sandbox: %w", err)
 	}
 	s.ended(p, sandbox.Exit{At: time.Now()})
@@ -88,7 +88,8 @@ const stopGrace = 10 * time.Second
 func (s *Service) disconnect(ctx context.Context, m cristate.PodMeta) error {
 	s.Faults.Pass("pod before teardown")
 	if m.NetNSPath != "" {
-		if err := s.Network.Teardown(ctx, m.ID); err != nil {
+		begin := time.Now()
+		if err := took(s.timers.disconnect, begin, s.Network.Teardown(ctx, m.ID)); err != nil {
 			return fmt.Errorf("take its network away: %w", err)
 		}
 	}
@@ -119,9 +120,7 @@ func (s *Service) ended(p *cristate.Pod, exit sandbox.Exit) {
 // Remove removes a pod, its containers and all there is of them, by force
 // (contract 7.1.7). It may be repeated. A pod that is not known is no error.
 func (s *Service) Remove(ctx context.Context, id string) error {
-	err := s.locked(ctx, id, func(ctx context.Context, p *cristate.Pod) error {
-		return count(&s.Counts.Remove, &s.Counts.RemoveFailed, s.remove(ctx, p))
-	})
+	err := s.locked(ctx, id, s.remove)
 	if err != nil {
 		return fmt.Errorf("remove pod sandbox %s: %w", id, err)
 	}
@@ -194,16 +193,6 @@ func (s *Service) takeBack(ctx context.Context, p *cristate.Pod) error {
 	s.mu.Unlock()
 	s.Pods.Remove(m.ID)
 	return nil
-}
-
-// count counts an operation by its end, and returns it.
-func count(good, bad interface{ Add(uint64) uint64 }, err error) error {
-	if err != nil {
-		bad.Add(1)
-	} else {
-		good.Add(1)
-	}
-	return err
 }
 
 // ExtensionResources is what UpdateResources leaves in a record (contract 7.1.10).

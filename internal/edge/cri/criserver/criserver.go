@@ -20,6 +20,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -117,20 +118,22 @@ type Deps struct {
 	// Driver is the cgroup driver that containers are made with.
 	Driver  runtime.CgroupDriver
 	Version string
+	Metrics prometheus.Registerer // may be nil
 	Log     *slog.Logger
 }
 
 // Server serves runtime.v1 (contract 1.3.42, 7). It is safe for concurrent use.
 type Server struct {
 	runtime.UnimplementedRuntimeServiceServer
-	d    Deps
-	pods *cristate.Index[*cristate.Pod]
-	all  *cristate.Index[*cristate.Container]
+	d      Deps
+	pods   *cristate.Index[*cristate.Pod]
+	all    *cristate.Index[*cristate.Container]
+	timers timers
 }
 
 // New makes a server.
 func New(d Deps) *Server {
-	return &Server{d: d, pods: d.Notifier.Pods, all: d.Notifier.Containers}
+	return &Server{d: d, pods: d.Notifier.Pods, all: d.Notifier.Containers, timers: newTimers(d.Metrics, d.Notifier.Events)}
 }
 
 // Register adds both services to r.
@@ -281,7 +284,11 @@ func (s *Server) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRe
 
 // RemovePodSandbox removes a pod; an unknown one is no error.
 func (s *Server) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
-	if err := s.forPod(r.GetPodSandboxId(), func(id string) error { return s.d.Pods.Remove(ctx, id) }); err != nil {
+	begin := time.Now()
+	if err := s.forPod(r.GetPodSandboxId(), func(id string) error {
+		kind := s.runtimeOf(id) // while it is there
+		return s.timers.done("sandbox_remove", begin, s.d.Pods.Remove(ctx, id), kind)
+	}); err != nil {
 		return nil, err
 	}
 	return &runtime.RemovePodSandboxResponse{}, nil
@@ -299,7 +306,8 @@ func (s *Server) forPod(id string, fn func(string) error) error {
 	return fn(p.ID())
 }
 
-func (s *Server) forContainer(id string, fn func(string) error) error {
+func (s *Server) forContainer(name, id string, fn func(string) error) error {
+	begin := time.Now()
 	c, err := s.all.Get(id)
 	if errdefs.IsNotFound(err) {
 		return nil
@@ -307,7 +315,8 @@ func (s *Server) forContainer(id string, fn func(string) error) error {
 	if err != nil {
 		return err
 	}
-	return fn(c.ID())
+	kind := s.runtimeOf(c.Meta().SandboxID) // while it is there
+	return s.timers.done(name, begin, fn(c.ID()), kind)
 }
 
 // PodSandboxStatus tells all about a pod (contract 7.1.8).
@@ -346,8 +355,9 @@ func (s *Server) CreateContainer(ctx context.Context, r *runtime.CreateContainer
 	if err := checkContainer(r.GetConfig()); err != nil {
 		return nil, err
 	}
+	begin := time.Now()
 	id, err := s.d.Containers.Create(ctx, p.ID(), r.Config, r.GetSandboxConfig())
-	if err != nil {
+	if s.timers.done("container_create", begin, err, s.runtimeOf(p.ID())) != nil {
 		return nil, err
 	}
 	return &runtime.CreateContainerResponse{ContainerId: id}, nil
@@ -359,7 +369,8 @@ func (s *Server) StartContainer(ctx context.Context, r *runtime.StartContainerRe
 	if err != nil {
 		return nil, err
 	}
-	if err := s.d.Containers.Start(ctx, c.ID()); err != nil {
+	begin := time.Now()
+	if err := s.timers.done("container_start", begin, s.d.Containers.Start(ctx, c.ID()), s.runtimeOf(c.Meta().SandboxID)); err != nil {
 		return nil, err
 	}
 	return &runtime.StartContainerResponse{}, nil
@@ -371,7 +382,7 @@ const maxGrace = 365 * 24 * time.Hour
 // StopContainer ends it; an unknown one is no error (contract 7.1.13).
 func (s *Server) StopContainer(ctx context.Context, r *runtime.StopContainerRequest) (*runtime.StopContainerResponse, error) {
 	grace := time.Duration(min(max(r.GetTimeout(), 0), int64(maxGrace/time.Second))) * time.Second
-	if err := s.forContainer(r.GetContainerId(), func(id string) error { return s.d.Containers.Stop(ctx, id, grace) }); err != nil {
+	if err := s.forContainer("container_stop", r.GetContainerId(), func(id string) error { return s.d.Containers.Stop(ctx, id, grace) }); err != nil {
 		return nil, err
 	}
 	return &runtime.StopContainerResponse{}, nil
@@ -379,7 +390,7 @@ func (s *Server) StopContainer(ctx context.Context, r *runtime.StopContainerRequ
 
 // RemoveContainer removes it; an unknown one is no error (contract 7.1.14).
 func (s *Server) RemoveContainer(ctx context.Context, r *runtime.RemoveContainerRequest) (*runtime.RemoveContainerResponse, error) {
-	if err := s.forContainer(r.GetContainerId(), func(id string) error { return s.d.Containers.Remove(ctx, id) }); err != nil {
+	if err := s.forContainer("container_remove", r.GetContainerId(), func(id string) error { return s.d.Containers.Remove(ctx, id) }); err != nil {
 		return nil, err
 	}
 	return &runtime.RemoveContainerResponse{}, nil
@@ -436,7 +447,9 @@ func (s *Server) CheckpointContainer(ctx context.Context, r *runtime.CheckpointC
 	if r.GetLocation() == "" {
 		return nil, missing("location")
 	}
-	if err := s.d.Containers.Checkpoint(ctx, c.ID(), r.Location, time.Duration(max(r.GetTimeout(), 0))*time.Second); err != nil {
+	begin := time.Now()
+	err = s.d.Containers.Checkpoint(ctx, c.ID(), r.Location, time.Duration(max(r.GetTimeout(), 0))*time.Second)
+	if s.timers.done("container_checkpoint", begin, err, s.runtimeOf(c.Meta().SandboxID)) != nil {
 		return nil, err
 	}
 	return &runtime.CheckpointContainerResponse{}, nil

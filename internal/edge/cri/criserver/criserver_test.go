@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -24,6 +25,7 @@ import (
 	"github.com/gantryd/gantry/internal/edge/cni"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/edge/cri/cristream"
+	"github.com/gantryd/gantry/internal/edge/metrics/metricstest"
 	"github.com/gantryd/gantry/internal/edge/wire/wiretest"
 )
 
@@ -33,12 +35,13 @@ type world struct {
 	calls   []string
 	network error
 	ready   error
+	err     error // of all calls
 	stats   []*runtime.ContainerStats
 }
 
 func (w *world) call(format string, args ...any) error {
 	w.calls = append(w.calls, fmt.Sprintf(format, args...))
-	return nil
+	return w.err
 }
 
 func (w *world) Run(_ context.Context, c *runtime.PodSandboxConfig, handler string) (string, error) {
@@ -227,6 +230,64 @@ func TestNotInitialised(t *testing.T) {
 	h.open.Store(true)
 	if _, err := h.rt.Version(h.ctx, &runtime.VersionRequest{}); err != nil {
 		t.Error(err)
+	}
+}
+
+// What succeeds is measured under containerd's names, with the runtime where
+// containerd tells it.
+//
+// contract: 9.1.8
+func TestTimers(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	h := serve(t, func(d *Deps) { d.Metrics = registry })
+	h.pod(t, "p1", cristate.PodReady, 1, nil)
+	h.container(t, "c1", "p1", cristate.Status{CreatedAt: 1, StartedAt: 2}, nil)
+	second := func(_ any, err error) error { return err }
+	read := func(s interface{ CloseSend() error }, err error, recv func() error) error {
+		if err != nil {
+			return err
+		}
+		for err = recv(); err == nil; err = recv() {
+		}
+		if err == io.EOF {
+			return nil
+		}
+		return err
+	}
+	pods, perr := h.rt.StreamPodSandboxes(h.ctx, &runtime.StreamPodSandboxesRequest{})
+	all, cerr := h.rt.StreamContainers(h.ctx, &runtime.StreamContainersRequest{})
+	config := &runtime.ContainerConfig{Metadata: &runtime.ContainerMetadata{Name: "n"}, Image: &runtime.ImageSpec{Image: "i"}}
+	for name, err := range map[string]error{
+		"sandbox_list": second(h.rt.ListPodSandbox(h.ctx, &runtime.ListPodSandboxRequest{})), "container_list": second(h.rt.ListContainers(h.ctx, &runtime.ListContainersRequest{})),
+		"stream_sandbox_list":   read(pods, perr, func() error { return second(pods.Recv()) }),
+		"stream_container_list": read(all, cerr, func() error { return second(all.Recv()) }),
+		"container_create":      second(h.rt.CreateContainer(h.ctx, &runtime.CreateContainerRequest{PodSandboxId: "p1", Config: config})),
+		"container_start":       second(h.rt.StartContainer(h.ctx, &runtime.StartContainerRequest{ContainerId: "c1"})),
+		"container_stop":        second(h.rt.StopContainer(h.ctx, &runtime.StopContainerRequest{ContainerId: "c1"})),
+		"container_remove":      second(h.rt.RemoveContainer(h.ctx, &runtime.RemoveContainerRequest{ContainerId: "c1"})),
+		"container_checkpoint":  second(h.rt.CheckpointContainer(h.ctx, &runtime.CheckpointContainerRequest{ContainerId: "c1", Location: "/x"})),
+		"sandbox_remove":        second(h.rt.RemovePodSandbox(h.ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: "p1"})),
+	} {
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		key := "containerd_cri_" + name + "_seconds"
+		if !strings.HasSuffix(name, "_list") {
+			key += " io.containerd.runc.v2"
+		}
+		if m := metricstest.Read(t, registry); m[key] != 1 {
+			t.Errorf("%s is not measured once: %v", name, m)
+		}
+	}
+	if _, ok := metricstest.Read(t, registry)["containerd_cri_container_events_dropped_total"]; !ok {
+		t.Error("events that are dropped are not counted")
+	}
+	h.err = errors.New("it fails")
+	if _, err := h.rt.StartContainer(h.ctx, &runtime.StartContainerRequest{ContainerId: "c1"}); err == nil {
+		t.Error("no error")
+	}
+	if n := metricstest.Read(t, registry)["containerd_cri_container_start_seconds io.containerd.runc.v2"]; n != 1 {
+		t.Errorf("a start that failed was measured: %v", n)
 	}
 }
 

@@ -2,6 +2,7 @@ package criserver
 
 import (
 	"context"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -96,14 +97,15 @@ func (s *Server) podItems(f *runtime.PodSandboxFilter) []*runtime.PodSandbox {
 
 // ListPodSandbox lists pods, the newest first.
 func (s *Server) ListPodSandbox(_ context.Context, r *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
+	defer s.timers.done("sandbox_list", time.Now(), nil)
 	return &runtime.ListPodSandboxResponse{Items: fit(s, "pod sandboxes", s.podItems(r.GetFilter()))}, nil
 }
 
 // StreamPodSandboxes lists pods of any number.
 func (s *Server) StreamPodSandboxes(r *runtime.StreamPodSandboxesRequest, out grpc.ServerStreamingServer[runtime.StreamPodSandboxesResponse]) error {
-	return stream(s.podItems(r.GetFilter()), func(items []*runtime.PodSandbox) error {
+	return s.timers.done("stream_sandbox_list", time.Now(), stream(s.podItems(r.GetFilter()), func(items []*runtime.PodSandbox) error {
 		return out.Send(&runtime.StreamPodSandboxesResponse{PodSandboxes: items})
-	})
+	}))
 }
 
 func (s *Server) containerItems(f *runtime.ContainerFilter) []*runtime.Container {
@@ -141,14 +143,15 @@ func (s *Server) containerItems(f *runtime.ContainerFilter) []*runtime.Container
 
 // ListContainers lists containers, the newest first.
 func (s *Server) ListContainers(_ context.Context, r *runtime.ListContainersRequest) (*runtime.ListContainersResponse, error) {
+	defer s.timers.done("container_list", time.Now(), nil)
 	return &runtime.ListContainersResponse{Containers: fit(s, "containers", s.containerItems(r.GetFilter()))}, nil
 }
 
 // StreamContainers lists containers of any number.
 func (s *Server) StreamContainers(r *runtime.StreamContainersRequest, out grpc.ServerStreamingServer[runtime.StreamContainersResponse]) error {
-	return stream(s.containerItems(r.GetFilter()), func(items []*runtime.Container) error {
+	return s.timers.done("stream_container_list", time.Now(), stream(s.containerItems(r.GetFilter()), func(items []*runtime.Container) error {
 		return out.Send(&runtime.StreamContainersResponse{Containers: items})
-	})
+	}))
 }
 
 // ContainerStats measures one container (contract 7.1.20).
