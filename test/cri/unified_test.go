@@ -75,17 +75,31 @@ func TestAppArmorConfines(t *testing.T) {
 func TestUnifiedLimits(t *testing.T) {
 	needsUnified(t)
 	eachHandler(t, func(t *testing.T, p *critest.Pod) {
-		c := p.Run("while :; do :; done", resources(&runtime.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 20000, CpuShares: 512, MemoryLimitInBytes: 64 << 20,
+		c := p.Run("while :; do :; done", resources(&runtime.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 20000, CpuShares: 512, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 80 << 20,
 			Unified: map[string]string{"memory.low": "8388608", "pids.max": "77"}}))
 		dir := cgroupDir(t, c, "")
-		for file, want := range map[string]string{"memory.max": "67108864", "memory.low": "8388608", "pids.max": "77", "cpu.max": "20000 100000"} {
-			b, err := os.ReadFile(filepath.Join(dir, file))
-			if got := strings.TrimSpace(string(b)); err != nil || got != want {
-				t.Errorf("%s is %q, want %q: %v", file, got, want, err)
+		check := func(limits map[string]string) {
+			t.Helper()
+			for file, want := range limits {
+				b, err := os.ReadFile(filepath.Join(dir, file))
+				if got := strings.TrimSpace(string(b)); err != nil || got != want {
+					t.Errorf("%s is %q, want %q: %v", file, got, want, err)
+				}
+				if got := strings.TrimSpace(c.Exec("cat /sys/fs/cgroup/" + file)); got != want {
+					t.Errorf("inside, %s is %q, want %q", file, got, want)
+				}
 			}
-			if got := strings.TrimSpace(c.Exec("cat /sys/fs/cgroup/" + file)); got != want {
-				t.Errorf("inside, %s is %q, want %q", file, got, want)
-			}
+		}
+		check(map[string]string{"memory.max": "67108864", "memory.swap.max": "16777216", "memory.low": "8388608", "pids.max": "77", "cpu.max": "20000 100000"})
+		if _, err := c.RT.UpdateContainerResources(critest.Context(t), &runtime.UpdateContainerResourcesRequest{ContainerId: c.ID, Linux: &runtime.LinuxContainerResources{
+			MemoryLimitInBytes: 96 << 20, MemorySwapLimitInBytes: 104 << 20, Unified: map[string]string{"memory.low": "4194304"}}}); err != nil {
+			t.Errorf("update: %v", err)
+		}
+		check(map[string]string{"memory.max": "100663296", "memory.swap.max": "8388608", "memory.low": "4194304", "pids.max": "77", "cpu.max": "20000 100000"})
+		// Without a group's end for lack of memory, the shell outlives its child.
+		g := p.Run(eatMemory+"; exit 0", resources(&runtime.LinuxContainerResources{MemoryLimitInBytes: 32 << 20, Unified: map[string]string{"memory.oom.group": "1"}}))
+		if st := g.Wait(); st.Reason != "OOMKilled" || st.ExitCode != 137 {
+			t.Errorf("out of memory as a group: %v", st)
 		}
 		critest.Eventually(t, "pressure of a throttled container", func() bool {
 			r, err := c.RT.ContainerStats(critest.Context(t), &runtime.ContainerStatsRequest{ContainerId: c.ID})
