@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"time"
@@ -24,6 +25,7 @@ import (
 	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/lib/mountx"
+	"github.com/gantryd/gantry/internal/lib/tarstream"
 )
 
 // The entries of a checkpoint's archive (contract 7.1.23); tools that read
@@ -34,8 +36,25 @@ const (
 	entryStatus = "status.dump"
 	entryLog    = "container.log"
 	entryRootfs = "rootfs-diff.tar"
+	entryVolume = "volumes/"   // and the path of a volume of the image, escaped
 	entryImages = "checkpoint" // criu's files
 )
+
+// workDir is where, in a container's directory, a checkpoint is made.
+const workDir = "checkpoint"
+
+// timed is a reader that ends with ctx.
+type timed struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (t timed) Read(b []byte) (int, error) {
+	if err := t.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return t.Reader.Read(b)
+}
 
 // criuFiles are criu's own log and statistics, which are on top of the archive.
 var criuFiles = []string{"dump.log", "stats-dump"}
@@ -90,11 +109,27 @@ func (s *Service) Checkpoint(ctx context.Context, id, location string, timeout t
 	if st := c.Status().State(); st != runtime.ContainerState_CONTAINER_RUNNING {
 		return fmt.Errorf("it is %s: %w", st, errdefs.ErrFailedPrecondition)
 	}
-	rec, err := s.view.Containers().Get(ctx, container.ID(id))
+	next := location + ".new"
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	work := filepath.Join(s.dir(id), "checkpoint")
+	if err = errors.Join(s.capture(ctx, c, f), f.Close()); err == nil {
+		err = os.Rename(next, location)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(next))
+	}
+	return nil
+}
+
+// capture writes the archive of a container, whose lock the caller has, for good.
+func (s *Service) capture(ctx context.Context, c *cristate.Container, to *os.File) (err error) {
+	rec, err := s.view.Containers().Get(ctx, container.ID(c.ID()))
+	if err != nil {
+		return err
+	}
+	work := filepath.Join(s.dir(c.ID()), workDir)
 	if err := os.RemoveAll(work); err != nil {
 		return err
 	}
@@ -110,19 +145,22 @@ func (s *Service) Checkpoint(ctx context.Context, id, location string, timeout t
 	if _, err := s.tasks().Checkpoint(ctx, rec.ID, "", typed.Any{URL: "containerd.runc.v1.CheckpointOptions", Value: opts}); err != nil {
 		return err
 	}
-	next := location + ".new"
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err := s.archive(ctx, to, c, rec, work); err != nil {
+		return err
+	}
+	return to.Sync()
+}
+
+// volumeEntry is the name of what is kept of a volume.
+func volumeEntry(at string) string { return entryVolume + url.PathEscape(at) }
+
+// writeTar archives a directory.
+func writeTar(ctx context.Context, path, dir string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	err = errors.Join(s.archive(ctx, f, c, rec, work), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(next, location)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(next))
-	}
-	return nil
+	return errors.Join(tarstream.Diff(ctx, f, "", dir, tarstream.DiffOptions{}), f.Close())
 }
 
 // archive writes what a checkpoint consists of.
@@ -134,7 +172,7 @@ func (s *Service) archive(ctx context.Context, to io.Writer, c *cristate.Contain
 		if err := t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: size, ModTime: now}); err != nil {
 			return err
 		}
-		_, err := io.CopyN(t, from, size)
+		_, err := io.CopyN(t, timed{ctx, from}, size)
 		return err
 	}
 	file := func(name, path string) error {
@@ -190,6 +228,18 @@ func (s *Service) archive(ctx context.Context, to io.Writer, c *cristate.Contain
 	}
 	if m.LogPath != "" {
 		if err := file(entryLog, m.LogPath); err != nil {
+			return err
+		}
+	}
+	for _, m := range spec.Mounts {
+		if filepath.Dir(m.Source) != filepath.Join(s.dir(string(rec.ID)), "volumes") {
+			continue
+		}
+		path := filepath.Join(work, "volume.tar")
+		if err := writeTar(ctx, path, m.Source); err != nil {
+			return fmt.Errorf("volume %s of the image: %w", m.Destination, err)
+		}
+		if err := file(volumeEntry(m.Destination), path); err != nil {
 			return err
 		}
 	}

@@ -43,15 +43,9 @@ func (s *Service) Create(ctx context.Context, podID string, config *runtime.Cont
 	if err != nil {
 		return "", fmt.Errorf("create container: %w", err)
 	}
-	if config.GetMetadata().GetName() == "" || config.GetImage().GetImage() == "" {
-		return "", fmt.Errorf("create container in pod %s: it needs a name and an image: %w", pod.ID(), errdefs.ErrInvalidArgument)
-	}
-	if err := checkMounts(config.GetMounts()); err != nil {
-		return "", fmt.Errorf("create container %s: %w", config.Metadata.Name, err)
-	}
-	name := cristate.ContainerName(config.Metadata, pod.Meta().Config.GetMetadata())
-	if _, err := logPath(pod.Meta().Config, config); err != nil {
-		return "", fmt.Errorf("create container %s: %w", name, err)
+	name, err := s.check(pod, config)
+	if err != nil {
+		return "", err
 	}
 	// The request is the caller's to change after its call has returned.
 	config = proto.CloneOf(config)
@@ -59,12 +53,28 @@ func (s *Service) Create(ctx context.Context, podID string, config *runtime.Cont
 		if id, err := s.made(ctx, stage, name, pod, config); id != "" || err != nil {
 			return id, err
 		}
-		return s.create(ctx, stage, name, pod, config)
+		return s.create(ctx, stage, name, pod, config, nil)
 	})
 	if err != nil {
 		return "", fmt.Errorf("create container %s: %w", name, err)
 	}
 	return id, nil
+}
+
+// check returns the name that a container gets, or what is wrong with it.
+func (s *Service) check(pod *cristate.Pod, config *runtime.ContainerConfig) (string, error) {
+	if config.GetMetadata().GetName() == "" || config.GetImage().GetImage() == "" {
+		return "", fmt.Errorf("create container in pod %s: it needs a name and an image: %w", pod.ID(), errdefs.ErrInvalidArgument)
+	}
+	name := cristate.ContainerName(config.Metadata, pod.Meta().Config.GetMetadata())
+	err := checkMounts(config.GetMounts())
+	if err == nil {
+		_, err = logPath(pod.Meta().Config, config)
+	}
+	if err != nil {
+		return "", fmt.Errorf("create container %s: %w", name, err)
+	}
+	return name, nil
 }
 
 // Stages are the creations under way, by name.
@@ -121,7 +131,8 @@ func (s *Service) discard(id string) {
 // create makes a container. Its record comes first, without the metadata that
 // says that it is complete: whatever an interrupted creation left is named by
 // it, and kept from collection until the next start of the daemon removes both.
-func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string, pod *cristate.Pod, config *runtime.ContainerConfig) (_ string, err error) {
+// from is nil, or the archive that it is made of.
+func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string, pod *cristate.Pod, config *runtime.ContainerConfig, from *origin) (_ string, err error) {
 	if st := pod.Status().State; st != cristate.PodReady {
 		return "", fmt.Errorf("pod %s is not ready: %w", pod.ID(), errdefs.ErrFailedPrecondition)
 	}
@@ -207,6 +218,12 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 		return "", err
 	}
 	meta := cristate.ContainerMeta{ID: id, Name: name, SandboxID: pm.ID, Config: config, ImageRef: img.ID, LogPath: log, StopSignal: img.Spec.Config.StopSignal}
+	if from != nil {
+		stage.Enter("unpack %s of the checkpoint", from.archive)
+		if err := s.unpackArchive(ctx, from, meta, rootfs, volumes); err != nil {
+			return "", err
+		}
+	}
 	spec, err := s.spec(ctx, &meta, pod, img, user, mounts, volumes)
 	if err != nil {
 		return "", err
@@ -224,6 +241,11 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 		c.SetFacts(facts(spec, img.Snapshotter, id))
 	}
 
+	if from != nil {
+		if err := compatible(from.spec, spec); err != nil {
+			return "", err
+		}
+	}
 	stage.Enter("store the container")
 	if err := c.Change(func(st *cristate.Status) error { st.Resources = crispec.Resources(spec); return nil }); err != nil {
 		return "", err

@@ -88,7 +88,7 @@ type Deps struct {
 	// Root and State are the CRI's directories (contract 7.3.29).
 	Root, State string
 	Limits      Limits
-	// Faults are cri.container.snapshot, .record, .status, .complete,
+	// Faults are cri.container.snapshot, .record, .status, .complete, .paused,
 	// .task-created, .task-started, .stopped, .task-deleted, .record-deleted.
 	Faults *fault.Points
 	Log    *slog.Logger
@@ -153,7 +153,7 @@ func New(d Deps) (*Service, error) {
 func (s *Service) dir(id string) string      { return filepath.Join(s.Root, "containers", id) }
 func (s *Service) stateDir(id string) string { return filepath.Join(s.State, "containers", id) }
 
-func (s *Service) tasks() task.Store { return s.view.Tasks() }
+func (s *Service) tasks() task.Store { return restoring{s.view.Tasks(), s.dir, s.Log} }
 
 // pod is a container's pod, nil if it is gone.
 func (s *Service) pod(c *cristate.Container) *cristate.Pod {
