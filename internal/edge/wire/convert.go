@@ -13,9 +13,11 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/gantryd/gantry/core/mount"
+	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/typed"
 )
 
@@ -24,6 +26,49 @@ func native(err error) error {
 		return err
 	}
 	return errgrpc.ToNative(err)
+}
+
+// Each converts a list. The result is never nil.
+func Each[A, B any](list []A, convert func(A) B) []B {
+	out := make([]B, len(list))
+	for i, v := range list {
+		out[i] = convert(v)
+	}
+	return out
+}
+
+// Receive hands the messages of a stream to fn until the stream or fn ends it.
+func Receive[M any](stream interface{ Recv() (M, error) }, fn func(M) error) error {
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := fn(m); err != nil {
+			return err
+		}
+	}
+}
+
+// Mask is what an update is limited to: nil, which is everything, without fields.
+func Mask(fields []string) *fieldmaskpb.FieldMask {
+	if len(fields) == 0 {
+		return nil
+	}
+	return &fieldmaskpb.FieldMask{Paths: fields}
+}
+
+// MetricToProto converts one.
+func MetricToProto(m task.Metric) *types.Metric {
+	return &types.Metric{ID: m.ID, Timestamp: TimeToProto(m.At), Data: AnyToProto(m.Data)}
+}
+
+// MetricFromProto converts one; nil is the zero metric.
+func MetricFromProto(m *types.Metric) task.Metric {
+	return task.Metric{ID: m.GetID(), At: TimeFromProto(m.GetTimestamp()), Data: AnyFromProto(m.GetData())}
 }
 
 // Missing is the error for a message that a request must have and does not
@@ -96,19 +141,14 @@ func DescToProto(d ocispec.Descriptor) *types.Descriptor {
 
 // DescFromProto does not check anything; nil is the zero descriptor.
 func DescFromProto(d *types.Descriptor) ocispec.Descriptor {
-	if d == nil {
-		return ocispec.Descriptor{}
-	}
-	return ocispec.Descriptor{MediaType: d.MediaType, Digest: digest.Digest(d.Digest), Size: d.Size, Annotations: d.Annotations}
+	return ocispec.Descriptor{MediaType: d.GetMediaType(), Digest: digest.Digest(d.GetDigest()), Size: d.GetSize(), Annotations: d.GetAnnotations()}
 }
 
 // MountsToProto converts a list.
 func MountsToProto(ms []mount.Mount) []*types.Mount {
-	out := make([]*types.Mount, len(ms))
-	for i, m := range ms {
-		out[i] = &types.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
-	}
-	return out
+	return Each(ms, func(m mount.Mount) *types.Mount {
+		return &types.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
+	})
 }
 
 // MountsFromProto converts a list; absent entries are left out.
@@ -129,8 +169,5 @@ func PlatformToProto(p ocispec.Platform) *types.Platform {
 
 // PlatformFromProto converts one; nil is the zero platform.
 func PlatformFromProto(p *types.Platform) ocispec.Platform {
-	if p == nil {
-		return ocispec.Platform{}
-	}
-	return ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant, OSVersion: p.OSVersion, OSFeatures: p.OSFeatures}
+	return ocispec.Platform{OS: p.GetOS(), Architecture: p.GetArchitecture(), Variant: p.GetVariant(), OSVersion: p.GetOsVersion(), OSFeatures: p.GetOsFeatures()}
 }

@@ -3,13 +3,10 @@ package containerrpc
 
 import (
 	"context"
-	"errors"
-	"io"
 
 	containersapi "github.com/containerd/containerd/api/services/containers/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/gantryd/gantry/core/container"
 	"github.com/gantryd/gantry/core/lease"
@@ -34,10 +31,7 @@ func (s *Server) Get(ctx context.Context, r *containersapi.GetContainerRequest) 
 		return nil, err
 	}
 	c, err := v.Containers().Get(ctx, container.ID(r.ID))
-	if err != nil {
-		return nil, err
-	}
-	return &containersapi.GetContainerResponse{Container: toProto(c)}, nil
+	return &containersapi.GetContainerResponse{Container: toProto(c)}, err
 }
 
 // List implements the RPC.
@@ -75,10 +69,7 @@ func (s *Server) Create(ctx context.Context, r *containersapi.CreateContainerReq
 		return nil, wire.Missing("container")
 	}
 	c, err := v.Containers().Create(ctx, fromProto(r.Container))
-	if err != nil {
-		return nil, err
-	}
-	return &containersapi.CreateContainerResponse{Container: toProto(c)}, nil
+	return &containersapi.CreateContainerResponse{Container: toProto(c)}, err
 }
 
 // Update implements the RPC.
@@ -91,10 +82,7 @@ func (s *Server) Update(ctx context.Context, r *containersapi.UpdateContainerReq
 		return nil, wire.Missing("container")
 	}
 	c, err := v.Containers().Update(ctx, fromProto(r.Container), r.UpdateMask.GetPaths()...)
-	if err != nil {
-		return nil, err
-	}
-	return &containersapi.UpdateContainerResponse{Container: toProto(c)}, nil
+	return &containersapi.UpdateContainerResponse{Container: toProto(c)}, err
 }
 
 // Delete implements the RPC.
@@ -122,10 +110,7 @@ func (c *client) out(ctx context.Context) context.Context { return wire.Outgoing
 
 func (c *client) Get(ctx context.Context, id container.ID) (container.Container, error) {
 	r, err := c.api.Get(c.out(ctx), &containersapi.GetContainerRequest{ID: string(id)})
-	if err != nil {
-		return container.Container{}, err
-	}
-	return fromProto(r.Container), nil
+	return fromProto(r.GetContainer()), err
 }
 
 func (c *client) Walk(ctx context.Context, fn func(container.Container) error, filters ...string) error {
@@ -135,38 +120,17 @@ func (c *client) Walk(ctx context.Context, fn func(container.Container) error, f
 	if err != nil {
 		return err
 	}
-	for {
-		m, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := fn(fromProto(m.Container)); err != nil {
-			return err
-		}
-	}
+	return wire.Receive(stream, func(m *containersapi.ListContainerMessage) error { return fn(fromProto(m.Container)) })
 }
 
 func (c *client) Create(ctx context.Context, ctr container.Container) (container.Container, error) {
 	r, err := c.api.Create(c.out(ctx), &containersapi.CreateContainerRequest{Container: toProto(ctr)})
-	if err != nil {
-		return container.Container{}, err
-	}
-	return fromProto(r.Container), nil
+	return fromProto(r.GetContainer()), err
 }
 
 func (c *client) Update(ctx context.Context, ctr container.Container, fields ...string) (container.Container, error) {
-	req := &containersapi.UpdateContainerRequest{Container: toProto(ctr)}
-	if len(fields) > 0 {
-		req.UpdateMask = &fieldmaskpb.FieldMask{Paths: fields}
-	}
-	r, err := c.api.Update(c.out(ctx), req)
-	if err != nil {
-		return container.Container{}, err
-	}
-	return fromProto(r.Container), nil
+	r, err := c.api.Update(c.out(ctx), &containersapi.UpdateContainerRequest{Container: toProto(ctr), UpdateMask: wire.Mask(fields)})
+	return fromProto(r.GetContainer()), err
 }
 
 func (c *client) Delete(ctx context.Context, id container.ID) error {

@@ -14,7 +14,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/lease"
@@ -47,10 +46,7 @@ func (c *client) out(ctx context.Context) context.Context {
 // Info implements content.Store.
 func (c *client) Info(ctx context.Context, dgst digest.Digest) (content.Info, error) {
 	resp, err := c.c.Info(c.out(ctx), &api.InfoRequest{Digest: dgst.String()})
-	if err != nil {
-		return content.Info{}, err
-	}
-	return infoFromProto(resp.Info), nil
+	return infoFromProto(resp.GetInfo()), err
 }
 
 // Walk implements content.Store.
@@ -61,33 +57,20 @@ func (c *client) Walk(ctx context.Context, fn func(content.Info) error, filters 
 	if err != nil {
 		return err
 	}
-	for {
-		resp, err := stream.Recv()
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		for _, i := range resp.Info {
+	return wire.Receive(stream, func(m *api.ListContentResponse) error {
+		for _, i := range m.Info {
 			if err := fn(infoFromProto(i)); err != nil {
 				return err
 			}
 		}
-	}
+		return nil
+	})
 }
 
 // Update implements content.Store.
 func (c *client) Update(ctx context.Context, info content.Info, fields ...string) (content.Info, error) {
-	req := &api.UpdateRequest{Info: infoToProto(info)}
-	if len(fields) > 0 {
-		req.UpdateMask = &fieldmaskpb.FieldMask{Paths: fields}
-	}
-	resp, err := c.c.Update(c.out(ctx), req)
-	if err != nil {
-		return content.Info{}, err
-	}
-	return infoFromProto(resp.Info), nil
+	resp, err := c.c.Update(c.out(ctx), &api.UpdateRequest{Info: infoToProto(info), UpdateMask: wire.Mask(fields)})
+	return infoFromProto(resp.GetInfo()), err
 }
 
 // Delete implements content.Store.
@@ -198,10 +181,7 @@ func (r *readerAt) fetch(p []byte, off int64) (n int, err error) {
 // Status implements content.Store.
 func (c *client) Status(ctx context.Context, ref string) (content.Status, error) {
 	resp, err := c.c.Status(c.out(ctx), &api.StatusRequest{Ref: ref})
-	if err != nil {
-		return content.Status{}, err
-	}
-	return statusFromProto(resp.Status), nil
+	return statusFromProto(resp.GetStatus()), err
 }
 
 // Statuses implements content.Store.

@@ -65,10 +65,7 @@ func (s *Server) Info(ctx context.Context, req *api.InfoRequest) (*api.InfoRespo
 		return nil, err
 	}
 	info, err := store.Info(ctx, dgst)
-	if err != nil {
-		return nil, err
-	}
-	return &api.InfoResponse{Info: infoToProto(info)}, nil
+	return &api.InfoResponse{Info: infoToProto(info)}, err
 }
 
 // Update implements the call of that name.
@@ -84,10 +81,7 @@ func (s *Server) Update(ctx context.Context, req *api.UpdateRequest) (*api.Updat
 		return nil, err
 	}
 	info, err := store.Update(ctx, infoFromProto(req.Info), req.UpdateMask.GetPaths()...)
-	if err != nil {
-		return nil, err
-	}
-	return &api.UpdateResponse{Info: infoToProto(info)}, nil
+	return &api.UpdateResponse{Info: infoToProto(info)}, err
 }
 
 // List implements the call of that name.
@@ -133,10 +127,7 @@ func (s *Server) Delete(ctx context.Context, req *api.DeleteContentRequest) (*em
 	if err != nil {
 		return nil, err
 	}
-	if err := store.Delete(ctx, dgst); err != nil {
-		return nil, err
-	}
-	return &emptypb.Empty{}, nil
+	return &emptypb.Empty{}, store.Delete(ctx, dgst)
 }
 
 // Read implements the call of that name. The offsets of its messages count
@@ -187,10 +178,7 @@ func (s *Server) Status(ctx context.Context, req *api.StatusRequest) (*api.Statu
 		return nil, err
 	}
 	st, err := store.Status(ctx, req.Ref)
-	if err != nil {
-		return nil, err
-	}
-	return &api.StatusResponse{Status: statusToProto(st)}, nil
+	return &api.StatusResponse{Status: statusToProto(st)}, err
 }
 
 // ListStatuses implements the call of that name.

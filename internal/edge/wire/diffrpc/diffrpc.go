@@ -40,10 +40,7 @@ func (s *Server) Apply(ctx context.Context, r *diffapi.ApplyRequest) (*diffapi.A
 	applied, err := v.Diff().Apply(ctx, wire.DescFromProto(r.Diff), wire.MountsFromProto(r.Mounts), diff.ApplyOptions{
 		Payloads: wire.AnysFromProto(r.Payloads), Sync: r.SyncFs,
 	})
-	if err != nil {
-		return nil, err
-	}
-	return &diffapi.ApplyResponse{Applied: wire.DescToProto(applied)}, nil
+	return &diffapi.ApplyResponse{Applied: wire.DescToProto(applied)}, err
 }
 
 // Diff implements the RPC.
@@ -61,10 +58,7 @@ func (s *Server) Diff(ctx context.Context, r *diffapi.DiffRequest) (*diffapi.Dif
 		opts.SourceDateEpoch = &epoch
 	}
 	d, err := v.Diff().Compare(ctx, wire.MountsFromProto(r.Left), wire.MountsFromProto(r.Right), opts)
-	if err != nil {
-		return nil, err
-	}
-	return &diffapi.DiffResponse{Diff: wire.DescToProto(d)}, nil
+	return &diffapi.DiffResponse{Diff: wire.DescToProto(d)}, err
 }
 
 type client struct {
@@ -84,10 +78,7 @@ func (c *client) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	r, err := c.api.Apply(wire.Outgoing(ctx, c.ns, c.under), &diffapi.ApplyRequest{
 		Diff: wire.DescToProto(desc), Mounts: wire.MountsToProto(mounts), Payloads: wire.AnysToProto(opts.Payloads), SyncFs: opts.Sync,
 	})
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	return wire.DescFromProto(r.Applied), nil
+	return wire.DescFromProto(r.GetApplied()), err
 }
 
 func (c *client) Compare(ctx context.Context, lower, upper []mount.Mount, opts diff.CompareOptions) (ocispec.Descriptor, error) {
@@ -99,8 +90,5 @@ func (c *client) Compare(ctx context.Context, lower, upper []mount.Mount, opts d
 		req.SourceDateEpoch = timestamppb.New(*opts.SourceDateEpoch)
 	}
 	r, err := c.api.Diff(wire.Outgoing(ctx, c.ns, c.under), req)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	return wire.DescFromProto(r.Diff), nil
+	return wire.DescFromProto(r.GetDiff()), err
 }

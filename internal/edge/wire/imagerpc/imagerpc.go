@@ -7,7 +7,6 @@ import (
 	imagesapi "github.com/containerd/containerd/api/services/images/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/lease"
@@ -32,10 +31,7 @@ func (s *Server) Get(ctx context.Context, r *imagesapi.GetImageRequest) (*images
 		return nil, err
 	}
 	img, err := v.Images().Get(ctx, r.Name)
-	if err != nil {
-		return nil, err
-	}
-	return &imagesapi.GetImageResponse{Image: toProto(img)}, nil
+	return &imagesapi.GetImageResponse{Image: toProto(img)}, err
 }
 
 // List implements the RPC.
@@ -45,14 +41,7 @@ func (s *Server) List(ctx context.Context, r *imagesapi.ListImagesRequest) (*ima
 		return nil, err
 	}
 	images, err := v.Images().List(ctx, r.Filters...)
-	if err != nil {
-		return nil, err
-	}
-	resp := &imagesapi.ListImagesResponse{Images: make([]*imagesapi.Image, len(images))}
-	for i, img := range images {
-		resp.Images[i] = toProto(img)
-	}
-	return resp, nil
+	return &imagesapi.ListImagesResponse{Images: wire.Each(images, toProto)}, err
 }
 
 // Create implements the RPC. The source date epoch is the time of creation.
@@ -67,10 +56,8 @@ func (s *Server) Create(ctx context.Context, r *imagesapi.CreateImageRequest) (*
 	img := fromProto(r.Image)
 	img.CreatedAt = wire.TimeFromProto(r.SourceDateEpoch)
 	img.UpdatedAt = img.CreatedAt
-	if img, err = v.Images().Create(ctx, img); err != nil {
-		return nil, err
-	}
-	return &imagesapi.CreateImageResponse{Image: toProto(img)}, nil
+	img, err = v.Images().Create(ctx, img)
+	return &imagesapi.CreateImageResponse{Image: toProto(img)}, err
 }
 
 // Update implements the RPC. The source date epoch is the time of the update.
@@ -84,10 +71,8 @@ func (s *Server) Update(ctx context.Context, r *imagesapi.UpdateImageRequest) (*
 	}
 	img := fromProto(r.Image)
 	img.UpdatedAt = wire.TimeFromProto(r.SourceDateEpoch)
-	if img, err = v.Images().Update(ctx, img, r.UpdateMask.GetPaths()...); err != nil {
-		return nil, err
-	}
-	return &imagesapi.UpdateImageResponse{Image: toProto(img)}, nil
+	img, err = v.Images().Update(ctx, img, r.UpdateMask.GetPaths()...)
+	return &imagesapi.UpdateImageResponse{Image: toProto(img)}, err
 }
 
 // Delete implements the RPC.
@@ -120,42 +105,22 @@ func (c *client) out(ctx context.Context) context.Context { return wire.Outgoing
 
 func (c *client) Get(ctx context.Context, name string) (image.Image, error) {
 	r, err := c.api.Get(c.out(ctx), &imagesapi.GetImageRequest{Name: name})
-	if err != nil {
-		return image.Image{}, err
-	}
-	return fromProto(r.Image), nil
+	return fromProto(r.GetImage()), err
 }
 
 func (c *client) List(ctx context.Context, filters ...string) ([]image.Image, error) {
 	r, err := c.api.List(c.out(ctx), &imagesapi.ListImagesRequest{Filters: filters})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]image.Image, len(r.Images))
-	for i, img := range r.Images {
-		out[i] = fromProto(img)
-	}
-	return out, nil
+	return wire.Each(r.GetImages(), fromProto), err
 }
 
 func (c *client) Create(ctx context.Context, img image.Image) (image.Image, error) {
 	r, err := c.api.Create(c.out(ctx), &imagesapi.CreateImageRequest{Image: toProto(img), SourceDateEpoch: wire.TimeToProto(img.CreatedAt)})
-	if err != nil {
-		return image.Image{}, err
-	}
-	return fromProto(r.Image), nil
+	return fromProto(r.GetImage()), err
 }
 
 func (c *client) Update(ctx context.Context, img image.Image, fields ...string) (image.Image, error) {
-	req := &imagesapi.UpdateImageRequest{Image: toProto(img), SourceDateEpoch: wire.TimeToProto(img.UpdatedAt)}
-	if len(fields) > 0 {
-		req.UpdateMask = &fieldmaskpb.FieldMask{Paths: fields}
-	}
-	r, err := c.api.Update(c.out(ctx), req)
-	if err != nil {
-		return image.Image{}, err
-	}
-	return fromProto(r.Image), nil
+	r, err := c.api.Update(c.out(ctx), &imagesapi.UpdateImageRequest{Image: toProto(img), SourceDateEpoch: wire.TimeToProto(img.UpdatedAt), UpdateMask: wire.Mask(fields)})
+	return fromProto(r.GetImage()), err
 }
 
 func (c *client) Delete(ctx context.Context, name string, opts image.DeleteOptions) error {

@@ -38,10 +38,7 @@ func (s *Server) Create(ctx context.Context, r *leasesapi.CreateRequest) (*lease
 		return nil, err
 	}
 	l, err := st.Create(ctx, lease.Lease{ID: lease.ID(r.ID), Labels: r.Labels})
-	if err != nil {
-		return nil, err
-	}
-	return &leasesapi.CreateResponse{Lease: toProto(l)}, nil
+	return &leasesapi.CreateResponse{Lease: toProto(l)}, err
 }
 
 // Delete implements the RPC.
@@ -60,14 +57,7 @@ func (s *Server) List(ctx context.Context, r *leasesapi.ListRequest) (*leasesapi
 		return nil, err
 	}
 	leases, err := st.List(ctx, r.Filters...)
-	if err != nil {
-		return nil, err
-	}
-	resp := &leasesapi.ListResponse{Leases: make([]*leasesapi.Lease, len(leases))}
-	for i, l := range leases {
-		resp.Leases[i] = toProto(l)
-	}
-	return resp, nil
+	return &leasesapi.ListResponse{Leases: wire.Each(leases, toProto)}, err
 }
 
 // AddResource implements the RPC.
@@ -79,7 +69,7 @@ func (s *Server) AddResource(ctx context.Context, r *leasesapi.AddResourceReques
 	if r.Resource == nil {
 		return nil, wire.Missing("resource")
 	}
-	return &emptypb.Empty{}, st.AddResource(ctx, lease.ID(r.ID), lease.Resource{ID: r.Resource.ID, Type: r.Resource.Type})
+	return &emptypb.Empty{}, st.AddResource(ctx, lease.ID(r.ID), resourceFromProto(r.Resource))
 }
 
 // DeleteResource implements the RPC.
@@ -91,7 +81,7 @@ func (s *Server) DeleteResource(ctx context.Context, r *leasesapi.DeleteResource
 	if r.Resource == nil {
 		return nil, wire.Missing("resource")
 	}
-	return &emptypb.Empty{}, st.RemoveResource(ctx, lease.ID(r.ID), lease.Resource{ID: r.Resource.ID, Type: r.Resource.Type})
+	return &emptypb.Empty{}, st.RemoveResource(ctx, lease.ID(r.ID), resourceFromProto(r.Resource))
 }
 
 // ListResources implements the RPC.
@@ -101,14 +91,7 @@ func (s *Server) ListResources(ctx context.Context, r *leasesapi.ListResourcesRe
 		return nil, err
 	}
 	resources, err := st.Resources(ctx, lease.ID(r.ID))
-	if err != nil {
-		return nil, err
-	}
-	resp := &leasesapi.ListResourcesResponse{Resources: make([]*leasesapi.Resource, len(resources))}
-	for i, res := range resources {
-		resp.Resources[i] = &leasesapi.Resource{ID: res.ID, Type: res.Type}
-	}
-	return resp, nil
+	return &leasesapi.ListResourcesResponse{Resources: wire.Each(resources, resourceToProto)}, err
 }
 
 type client struct {
@@ -126,10 +109,7 @@ func (c *client) out(ctx context.Context) context.Context { return wire.Outgoing
 
 func (c *client) Create(ctx context.Context, l lease.Lease) (lease.Lease, error) {
 	r, err := c.api.Create(c.out(ctx), &leasesapi.CreateRequest{ID: string(l.ID), Labels: l.Labels})
-	if err != nil {
-		return lease.Lease{}, err
-	}
-	return fromProto(r.Lease), nil
+	return fromProto(r.GetLease()), err
 }
 
 func (c *client) Delete(ctx context.Context, id lease.ID, sync bool) error {
@@ -139,36 +119,22 @@ func (c *client) Delete(ctx context.Context, id lease.ID, sync bool) error {
 
 func (c *client) List(ctx context.Context, filters ...string) ([]lease.Lease, error) {
 	r, err := c.api.List(c.out(ctx), &leasesapi.ListRequest{Filters: filters})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]lease.Lease, len(r.Leases))
-	for i, l := range r.Leases {
-		out[i] = fromProto(l)
-	}
-	return out, nil
+	return wire.Each(r.GetLeases(), fromProto), err
 }
 
 func (c *client) AddResource(ctx context.Context, id lease.ID, r lease.Resource) error {
-	_, err := c.api.AddResource(c.out(ctx), &leasesapi.AddResourceRequest{ID: string(id), Resource: &leasesapi.Resource{ID: r.ID, Type: r.Type}})
+	_, err := c.api.AddResource(c.out(ctx), &leasesapi.AddResourceRequest{ID: string(id), Resource: resourceToProto(r)})
 	return err
 }
 
 func (c *client) RemoveResource(ctx context.Context, id lease.ID, r lease.Resource) error {
-	_, err := c.api.DeleteResource(c.out(ctx), &leasesapi.DeleteResourceRequest{ID: string(id), Resource: &leasesapi.Resource{ID: r.ID, Type: r.Type}})
+	_, err := c.api.DeleteResource(c.out(ctx), &leasesapi.DeleteResourceRequest{ID: string(id), Resource: resourceToProto(r)})
 	return err
 }
 
 func (c *client) Resources(ctx context.Context, id lease.ID) ([]lease.Resource, error) {
 	r, err := c.api.ListResources(c.out(ctx), &leasesapi.ListResourcesRequest{ID: string(id)})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]lease.Resource, len(r.Resources))
-	for i, res := range r.Resources {
-		out[i] = lease.Resource{ID: res.GetID(), Type: res.GetType()}
-	}
-	return out, nil
+	return wire.Each(r.GetResources(), resourceFromProto), err
 }
 
 func toProto(l lease.Lease) *leasesapi.Lease {
@@ -177,4 +143,12 @@ func toProto(l lease.Lease) *leasesapi.Lease {
 
 func fromProto(l *leasesapi.Lease) lease.Lease {
 	return lease.Lease{ID: lease.ID(l.GetID()), CreatedAt: wire.TimeFromProto(l.GetCreatedAt()), Labels: l.GetLabels()}
+}
+
+func resourceToProto(r lease.Resource) *leasesapi.Resource {
+	return &leasesapi.Resource{ID: r.ID, Type: r.Type}
+}
+
+func resourceFromProto(r *leasesapi.Resource) lease.Resource {
+	return lease.Resource{ID: r.GetID(), Type: r.GetType()}
 }

@@ -7,7 +7,6 @@ import (
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/gantryd/gantry/core/namespace"
 	"github.com/gantryd/gantry/internal/edge/wire"
@@ -25,23 +24,13 @@ func NewServer(store namespace.Store) *Server { return &Server{store: store} }
 // Get implements the RPC.
 func (s *Server) Get(ctx context.Context, r *namespacesapi.GetNamespaceRequest) (*namespacesapi.GetNamespaceResponse, error) {
 	ns, err := s.store.Get(ctx, namespace.ID(r.Name))
-	if err != nil {
-		return nil, err
-	}
-	return &namespacesapi.GetNamespaceResponse{Namespace: toProto(ns)}, nil
+	return &namespacesapi.GetNamespaceResponse{Namespace: toProto(ns)}, err
 }
 
 // List implements the RPC. Its filter is ignored (contract 1.2.8).
 func (s *Server) List(ctx context.Context, r *namespacesapi.ListNamespacesRequest) (*namespacesapi.ListNamespacesResponse, error) {
 	all, err := s.store.List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	resp := &namespacesapi.ListNamespacesResponse{Namespaces: make([]*namespacesapi.Namespace, len(all))}
-	for i, ns := range all {
-		resp.Namespaces[i] = toProto(ns)
-	}
-	return resp, nil
+	return &namespacesapi.ListNamespacesResponse{Namespaces: wire.Each(all, toProto)}, err
 }
 
 // Create implements the RPC.
@@ -50,10 +39,7 @@ func (s *Server) Create(ctx context.Context, r *namespacesapi.CreateNamespaceReq
 		return nil, wire.Missing("namespace")
 	}
 	ns, err := s.store.Create(ctx, fromProto(r.Namespace))
-	if err != nil {
-		return nil, err
-	}
-	return &namespacesapi.CreateNamespaceResponse{Namespace: toProto(ns)}, nil
+	return &namespacesapi.CreateNamespaceResponse{Namespace: toProto(ns)}, err
 }
 
 // Update implements the RPC.
@@ -62,10 +48,7 @@ func (s *Server) Update(ctx context.Context, r *namespacesapi.UpdateNamespaceReq
 		return nil, wire.Missing("namespace")
 	}
 	ns, err := s.store.Update(ctx, fromProto(r.Namespace), r.UpdateMask.GetPaths()...)
-	if err != nil {
-		return nil, err
-	}
-	return &namespacesapi.UpdateNamespaceResponse{Namespace: toProto(ns)}, nil
+	return &namespacesapi.UpdateNamespaceResponse{Namespace: toProto(ns)}, err
 }
 
 // Delete implements the RPC.
@@ -84,42 +67,22 @@ func NewClient(conn grpc.ClientConnInterface) namespace.Store {
 
 func (c *client) Get(ctx context.Context, id namespace.ID) (namespace.Namespace, error) {
 	r, err := c.api.Get(ctx, &namespacesapi.GetNamespaceRequest{Name: string(id)})
-	if err != nil {
-		return namespace.Namespace{}, err
-	}
-	return fromProto(r.Namespace), nil
+	return fromProto(r.GetNamespace()), err
 }
 
 func (c *client) List(ctx context.Context) ([]namespace.Namespace, error) {
 	r, err := c.api.List(ctx, &namespacesapi.ListNamespacesRequest{})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]namespace.Namespace, len(r.Namespaces))
-	for i, ns := range r.Namespaces {
-		out[i] = fromProto(ns)
-	}
-	return out, nil
+	return wire.Each(r.GetNamespaces(), fromProto), err
 }
 
 func (c *client) Create(ctx context.Context, ns namespace.Namespace) (namespace.Namespace, error) {
 	r, err := c.api.Create(ctx, &namespacesapi.CreateNamespaceRequest{Namespace: toProto(ns)})
-	if err != nil {
-		return namespace.Namespace{}, err
-	}
-	return fromProto(r.Namespace), nil
+	return fromProto(r.GetNamespace()), err
 }
 
 func (c *client) Update(ctx context.Context, ns namespace.Namespace, fields ...string) (namespace.Namespace, error) {
-	req := &namespacesapi.UpdateNamespaceRequest{Namespace: toProto(ns)}
-	if len(fields) > 0 {
-		req.UpdateMask = &fieldmaskpb.FieldMask{Paths: fields}
-	}
-	r, err := c.api.Update(ctx, req)
-	if err != nil {
-		return namespace.Namespace{}, err
-	}
-	return fromProto(r.Namespace), nil
+	r, err := c.api.Update(ctx, &namespacesapi.UpdateNamespaceRequest{Namespace: toProto(ns), UpdateMask: wire.Mask(fields)})
+	return fromProto(r.GetNamespace()), err
 }
 
 func (c *client) Delete(ctx context.Context, id namespace.ID) error {

@@ -73,10 +73,7 @@ func (s *ControllerServer) Create(ctx context.Context, r *sandboxapi.ControllerC
 		return nil, err
 	}
 	err = c.Create(ctx, sb, sandbox.CreateOptions{Rootfs: wire.MountsFromProto(r.Rootfs), Options: wire.AnyFromProto(r.Options), NetNSPath: r.NetnsPath, Annotations: r.Annotations})
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.ControllerCreateResponse{SandboxID: r.SandboxID}, nil
+	return &sandboxapi.ControllerCreateResponse{SandboxID: r.SandboxID}, err
 }
 
 // Start implements the RPC.
@@ -86,11 +83,8 @@ func (s *ControllerServer) Start(ctx context.Context, r *sandboxapi.ControllerSt
 		return nil, err
 	}
 	i, err := c.Start(ctx, r.SandboxID)
-	if err != nil {
-		return nil, err
-	}
 	return &sandboxapi.ControllerStartResponse{SandboxID: i.ID, Pid: i.Pid, CreatedAt: wire.TimeToProto(i.CreatedAt), Labels: i.Labels,
-		Address: i.Address, Version: i.Version, Spec: wire.AnyToProto(i.Spec)}, nil
+		Address: i.Address, Version: i.Version, Spec: wire.AnyToProto(i.Spec)}, err
 }
 
 // Platform implements the RPC.
@@ -100,10 +94,7 @@ func (s *ControllerServer) Platform(ctx context.Context, r *sandboxapi.Controlle
 		return nil, err
 	}
 	p, err := c.Platform(ctx, r.SandboxID)
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.ControllerPlatformResponse{Platform: wire.PlatformToProto(p)}, nil
+	return &sandboxapi.ControllerPlatformResponse{Platform: wire.PlatformToProto(p)}, err
 }
 
 // Stop implements the RPC.
@@ -122,10 +113,7 @@ func (s *ControllerServer) Wait(ctx context.Context, r *sandboxapi.ControllerWai
 		return nil, err
 	}
 	x, err := c.Wait(ctx, r.SandboxID)
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.ControllerWaitResponse{ExitStatus: x.Status, ExitedAt: wire.TimeToProto(x.At)}, nil
+	return &sandboxapi.ControllerWaitResponse{ExitStatus: x.Status, ExitedAt: wire.TimeToProto(x.At)}, err
 }
 
 // Status implements the RPC.
@@ -135,11 +123,8 @@ func (s *ControllerServer) Status(ctx context.Context, r *sandboxapi.ControllerS
 		return nil, err
 	}
 	st, err := c.Status(ctx, r.SandboxID, r.Verbose)
-	if err != nil {
-		return nil, err
-	}
 	return &sandboxapi.ControllerStatusResponse{SandboxID: st.ID, Pid: st.Pid, State: st.State, Info: st.Info, CreatedAt: wire.TimeToProto(st.CreatedAt),
-		ExitedAt: wire.TimeToProto(st.ExitedAt), Extra: wire.AnyToProto(st.Extra), Address: st.Address, Version: st.Version}, nil
+		ExitedAt: wire.TimeToProto(st.ExitedAt), Extra: wire.AnyToProto(st.Extra), Address: st.Address, Version: st.Version}, err
 }
 
 // Shutdown implements the RPC.
@@ -158,10 +143,7 @@ func (s *ControllerServer) Metrics(ctx context.Context, r *sandboxapi.Controller
 		return nil, err
 	}
 	m, err := c.Metrics(ctx, r.SandboxID)
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.ControllerMetricsResponse{Metrics: &types.Metric{ID: m.ID, Timestamp: wire.TimeToProto(m.At), Data: wire.AnyToProto(m.Data)}}, nil
+	return &sandboxapi.ControllerMetricsResponse{Metrics: wire.MetricToProto(m)}, err
 }
 
 // Update implements the RPC.
@@ -212,10 +194,7 @@ func (c *controllerClient) Start(ctx context.Context, id string) (sandbox.Instan
 
 func (c *controllerClient) Platform(ctx context.Context, id string) (ocispec.Platform, error) {
 	r, err := c.api.Platform(c.out(ctx), &sandboxapi.ControllerPlatformRequest{SandboxID: id, Sandboxer: c.sandboxer})
-	if err != nil {
-		return ocispec.Platform{}, err
-	}
-	return wire.PlatformFromProto(r.Platform), nil
+	return wire.PlatformFromProto(r.GetPlatform()), err
 }
 
 func (c *controllerClient) Stop(ctx context.Context, id string, timeout time.Duration) error {
@@ -231,10 +210,7 @@ func (c *controllerClient) Stop(ctx context.Context, id string, timeout time.Dur
 
 func (c *controllerClient) Wait(ctx context.Context, id string) (sandbox.Exit, error) {
 	r, err := c.api.Wait(c.out(ctx), &sandboxapi.ControllerWaitRequest{SandboxID: id, Sandboxer: c.sandboxer})
-	if err != nil {
-		return sandbox.Exit{}, err
-	}
-	return sandbox.Exit{Status: r.ExitStatus, At: wire.TimeFromProto(r.ExitedAt)}, nil
+	return sandbox.Exit{Status: r.GetExitStatus(), At: wire.TimeFromProto(r.GetExitedAt())}, err
 }
 
 func (c *controllerClient) Status(ctx context.Context, id string, verbose bool) (sandbox.Status, error) {
@@ -253,10 +229,7 @@ func (c *controllerClient) Shutdown(ctx context.Context, id string) error {
 
 func (c *controllerClient) Metrics(ctx context.Context, id string) (task.Metric, error) {
 	r, err := c.api.Metrics(c.out(ctx), &sandboxapi.ControllerMetricsRequest{SandboxID: id, Sandboxer: c.sandboxer})
-	if err != nil {
-		return task.Metric{}, err
-	}
-	return task.Metric{ID: r.Metrics.GetID(), At: wire.TimeFromProto(r.Metrics.GetTimestamp()), Data: wire.AnyFromProto(r.Metrics.GetData())}, nil
+	return wire.MetricFromProto(r.GetMetrics()), err
 }
 
 func (c *controllerClient) Update(ctx context.Context, s sandbox.Sandbox, fields ...string) error {

@@ -36,10 +36,7 @@ func (s *Server) Create(ctx context.Context, r *sandboxapi.StoreCreateRequest) (
 		return nil, wire.Missing("sandbox")
 	}
 	sb, err := v.Sandboxes().Create(ctx, FromProto(r.Sandbox))
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.StoreCreateResponse{Sandbox: ToProto(sb)}, nil
+	return &sandboxapi.StoreCreateResponse{Sandbox: ToProto(sb)}, err
 }
 
 // Update implements the RPC.
@@ -52,10 +49,7 @@ func (s *Server) Update(ctx context.Context, r *sandboxapi.StoreUpdateRequest) (
 		return nil, wire.Missing("sandbox")
 	}
 	sb, err := v.Sandboxes().Update(ctx, FromProto(r.Sandbox), r.Fields...)
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.StoreUpdateResponse{Sandbox: ToProto(sb)}, nil
+	return &sandboxapi.StoreUpdateResponse{Sandbox: ToProto(sb)}, err
 }
 
 // Delete implements the RPC.
@@ -74,14 +68,7 @@ func (s *Server) List(ctx context.Context, r *sandboxapi.StoreListRequest) (*san
 		return nil, err
 	}
 	all, err := v.Sandboxes().List(ctx, r.Filters...)
-	if err != nil {
-		return nil, err
-	}
-	resp := &sandboxapi.StoreListResponse{List: make([]*types.Sandbox, len(all))}
-	for i, sb := range all {
-		resp.List[i] = ToProto(sb)
-	}
-	return resp, nil
+	return &sandboxapi.StoreListResponse{List: wire.Each(all, ToProto)}, err
 }
 
 // Get implements the RPC.
@@ -91,10 +78,7 @@ func (s *Server) Get(ctx context.Context, r *sandboxapi.StoreGetRequest) (*sandb
 		return nil, err
 	}
 	sb, err := v.Sandboxes().Get(ctx, r.SandboxID)
-	if err != nil {
-		return nil, err
-	}
-	return &sandboxapi.StoreGetResponse{Sandbox: ToProto(sb)}, nil
+	return &sandboxapi.StoreGetResponse{Sandbox: ToProto(sb)}, err
 }
 
 type client struct {
@@ -113,38 +97,22 @@ func (c *client) out(ctx context.Context) context.Context { return wire.Outgoing
 
 func (c *client) Get(ctx context.Context, id string) (sandbox.Sandbox, error) {
 	r, err := c.api.Get(c.out(ctx), &sandboxapi.StoreGetRequest{SandboxID: id})
-	if err != nil {
-		return sandbox.Sandbox{}, err
-	}
-	return FromProto(r.Sandbox), nil
+	return FromProto(r.GetSandbox()), err
 }
 
 func (c *client) List(ctx context.Context, filters ...string) ([]sandbox.Sandbox, error) {
 	r, err := c.api.List(c.out(ctx), &sandboxapi.StoreListRequest{Filters: filters})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]sandbox.Sandbox, len(r.List))
-	for i, sb := range r.List {
-		out[i] = FromProto(sb)
-	}
-	return out, nil
+	return wire.Each(r.GetList(), FromProto), err
 }
 
 func (c *client) Create(ctx context.Context, sb sandbox.Sandbox) (sandbox.Sandbox, error) {
 	r, err := c.api.Create(c.out(ctx), &sandboxapi.StoreCreateRequest{Sandbox: ToProto(sb)})
-	if err != nil {
-		return sandbox.Sandbox{}, err
-	}
-	return FromProto(r.Sandbox), nil
+	return FromProto(r.GetSandbox()), err
 }
 
 func (c *client) Update(ctx context.Context, sb sandbox.Sandbox, fields ...string) (sandbox.Sandbox, error) {
 	r, err := c.api.Update(c.out(ctx), &sandboxapi.StoreUpdateRequest{Sandbox: ToProto(sb), Fields: fields})
-	if err != nil {
-		return sandbox.Sandbox{}, err
-	}
-	return FromProto(r.Sandbox), nil
+	return FromProto(r.GetSandbox()), err
 }
 
 func (c *client) Delete(ctx context.Context, id string) error {

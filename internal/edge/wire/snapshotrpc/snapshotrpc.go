@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
 
@@ -15,7 +14,6 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/gantryd/gantry/core/lease"
 	"github.com/gantryd/gantry/core/mount"
@@ -55,10 +53,7 @@ func (s *Server) Prepare(ctx context.Context, r *snapshotsapi.PrepareSnapshotReq
 		return nil, err
 	}
 	m, err := st.Prepare(ctx, r.Key, r.Parent, r.Labels)
-	if err != nil {
-		return nil, err
-	}
-	return &snapshotsapi.PrepareSnapshotResponse{Mounts: wire.MountsToProto(m)}, nil
+	return &snapshotsapi.PrepareSnapshotResponse{Mounts: wire.MountsToProto(m)}, err
 }
 
 // View makes a view.
@@ -68,10 +63,7 @@ func (s *Server) View(ctx context.Context, r *snapshotsapi.ViewSnapshotRequest) 
 		return nil, err
 	}
 	m, err := st.View(ctx, r.Key, r.Parent, r.Labels)
-	if err != nil {
-		return nil, err
-	}
-	return &snapshotsapi.ViewSnapshotResponse{Mounts: wire.MountsToProto(m)}, nil
+	return &snapshotsapi.ViewSnapshotResponse{Mounts: wire.MountsToProto(m)}, err
 }
 
 // Mounts returns the mounts of an active snapshot or a view.
@@ -81,10 +73,7 @@ func (s *Server) Mounts(ctx context.Context, r *snapshotsapi.MountsRequest) (*sn
 		return nil, err
 	}
 	m, err := st.Mounts(ctx, r.Key)
-	if err != nil {
-		return nil, err
-	}
-	return &snapshotsapi.MountsResponse{Mounts: wire.MountsToProto(m)}, nil
+	return &snapshotsapi.MountsResponse{Mounts: wire.MountsToProto(m)}, err
 }
 
 // Commit makes a committed snapshot of an active one.
@@ -112,10 +101,7 @@ func (s *Server) Stat(ctx context.Context, r *snapshotsapi.StatSnapshotRequest) 
 		return nil, err
 	}
 	i, err := st.Stat(ctx, r.Key)
-	if err != nil {
-		return nil, err
-	}
-	return &snapshotsapi.StatSnapshotResponse{Info: toProto(i)}, nil
+	return &snapshotsapi.StatSnapshotResponse{Info: toProto(i)}, err
 }
 
 // Update changes labels.
@@ -128,10 +114,7 @@ func (s *Server) Update(ctx context.Context, r *snapshotsapi.UpdateSnapshotReque
 		return nil, wire.Missing("info")
 	}
 	i, err := st.Update(ctx, fromProto(r.Info), r.UpdateMask.GetPaths()...)
-	if err != nil {
-		return nil, err
-	}
-	return &snapshotsapi.UpdateSnapshotResponse{Info: toProto(i)}, nil
+	return &snapshotsapi.UpdateSnapshotResponse{Info: toProto(i)}, err
 }
 
 // List sends the snapshots that match, a hundred a message.
@@ -165,10 +148,7 @@ func (s *Server) Usage(ctx context.Context, r *snapshotsapi.UsageRequest) (*snap
 		return nil, err
 	}
 	u, err := st.Usage(ctx, r.Key)
-	if err != nil {
-		return nil, err
-	}
-	return &snapshotsapi.UsageResponse{Size: u.Size, Inodes: u.Inodes}, nil
+	return &snapshotsapi.UsageResponse{Size: u.Size, Inodes: u.Inodes}, err
 }
 
 // Cleanup reclaims what removed snapshots left; ErrNotImplemented if the
@@ -226,28 +206,19 @@ func keyNamespace(key string) namespace.ID {
 // Prepare is snapshot.Store's.
 func (c *Client) Prepare(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
 	r, err := c.api.Prepare(c.outgoing(ctx, key), &snapshotsapi.PrepareSnapshotRequest{Snapshotter: c.snapshotter, Key: key, Parent: parent, Labels: labels})
-	if err != nil {
-		return nil, err
-	}
-	return wire.MountsFromProto(r.Mounts), nil
+	return wire.MountsFromProto(r.GetMounts()), err
 }
 
 // View is snapshot.Store's.
 func (c *Client) View(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
 	r, err := c.api.View(c.outgoing(ctx, key), &snapshotsapi.ViewSnapshotRequest{Snapshotter: c.snapshotter, Key: key, Parent: parent, Labels: labels})
-	if err != nil {
-		return nil, err
-	}
-	return wire.MountsFromProto(r.Mounts), nil
+	return wire.MountsFromProto(r.GetMounts()), err
 }
 
 // Mounts is snapshot.Store's.
 func (c *Client) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
 	r, err := c.api.Mounts(c.outgoing(ctx, key), &snapshotsapi.MountsRequest{Snapshotter: c.snapshotter, Key: key})
-	if err != nil {
-		return nil, err
-	}
-	return wire.MountsFromProto(r.Mounts), nil
+	return wire.MountsFromProto(r.GetMounts()), err
 }
 
 // Commit is snapshot.Store's. A peer that does not know the field "parent"
@@ -280,32 +251,19 @@ func (c *Client) Remove(ctx context.Context, key string) error {
 // Stat is snapshot.Store's.
 func (c *Client) Stat(ctx context.Context, key string) (snapshot.Info, error) {
 	r, err := c.api.Stat(c.outgoing(ctx, key), &snapshotsapi.StatSnapshotRequest{Snapshotter: c.snapshotter, Key: key})
-	if err != nil {
-		return snapshot.Info{}, err
-	}
-	return fromProto(r.Info), nil
+	return fromProto(r.GetInfo()), err
 }
 
 // Update is snapshot.Store's.
 func (c *Client) Update(ctx context.Context, info snapshot.Info, fields ...string) (snapshot.Info, error) {
-	q := &snapshotsapi.UpdateSnapshotRequest{Snapshotter: c.snapshotter, Info: toProto(info)}
-	if len(fields) > 0 {
-		q.UpdateMask = &fieldmaskpb.FieldMask{Paths: fields}
-	}
-	r, err := c.api.Update(c.outgoing(ctx, info.Name), q)
-	if err != nil {
-		return snapshot.Info{}, err
-	}
-	return fromProto(r.Info), nil
+	r, err := c.api.Update(c.outgoing(ctx, info.Name), &snapshotsapi.UpdateSnapshotRequest{Snapshotter: c.snapshotter, Info: toProto(info), UpdateMask: wire.Mask(fields)})
+	return fromProto(r.GetInfo()), err
 }
 
 // Usage is snapshot.Store's.
 func (c *Client) Usage(ctx context.Context, key string) (snapshot.Usage, error) {
 	r, err := c.api.Usage(c.outgoing(ctx, key), &snapshotsapi.UsageRequest{Snapshotter: c.snapshotter, Key: key})
-	if err != nil {
-		return snapshot.Usage{}, err
-	}
-	return snapshot.Usage{Inodes: r.Inodes, Size: r.Size}, nil
+	return snapshot.Usage{Inodes: r.GetInodes(), Size: r.GetSize()}, err
 }
 
 // Walk is snapshot.Store's. fn runs while the answer still comes in.
@@ -316,20 +274,14 @@ func (c *Client) Walk(ctx context.Context, fn func(snapshot.Info) error, filters
 	if err != nil {
 		return err
 	}
-	for {
-		m, err := in.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+	return wire.Receive(in, func(m *snapshotsapi.ListSnapshotsResponse) error {
 		for _, i := range m.Info {
 			if err := fn(fromProto(i)); err != nil {
 				return err
 			}
 		}
-	}
+		return nil
+	})
 }
 
 // Cleanup is snapshot.Cleaner's; ErrNotImplemented if the peer does not clean up.
@@ -348,15 +300,12 @@ func toProto(i snapshot.Info) *snapshotsapi.Info {
 
 // fromProto takes nil for the zero Info.
 func fromProto(i *snapshotsapi.Info) snapshot.Info {
-	if i == nil {
-		return snapshot.Info{}
-	}
 	out := snapshot.Info{
-		Name: i.Name, Parent: i.Parent,
-		CreatedAt: wire.TimeFromProto(i.CreatedAt), UpdatedAt: wire.TimeFromProto(i.UpdatedAt), Labels: i.Labels,
+		Name: i.GetName(), Parent: i.GetParent(),
+		CreatedAt: wire.TimeFromProto(i.GetCreatedAt()), UpdatedAt: wire.TimeFromProto(i.GetUpdatedAt()), Labels: i.GetLabels(),
 	}
-	if i.Kind > 0 && i.Kind <= snapshotsapi.Kind(snapshot.KindCommitted) {
-		out.Kind = snapshot.Kind(i.Kind)
+	if k := i.GetKind(); k > 0 && k <= snapshotsapi.Kind(snapshot.KindCommitted) {
+		out.Kind = snapshot.Kind(k)
 	}
 	return out
 }

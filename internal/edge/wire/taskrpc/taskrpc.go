@@ -5,7 +5,6 @@ import (
 	"context"
 
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
-	"github.com/containerd/containerd/api/types"
 	tasktypes "github.com/containerd/containerd/api/types/task"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
@@ -54,10 +53,7 @@ func (s *Server) Create(ctx context.Context, r *tasksapi.CreateTaskRequest) (*ta
 		opts.Checkpoint = &d
 	}
 	pid, err := ts.Create(ctx, container.ID(r.ContainerID), opts)
-	if err != nil {
-		return nil, err
-	}
-	return &tasksapi.CreateTaskResponse{ContainerID: r.ContainerID, Pid: pid}, nil
+	return &tasksapi.CreateTaskResponse{ContainerID: r.ContainerID, Pid: pid}, err
 }
 
 // Start implements the RPC.
@@ -67,10 +63,7 @@ func (s *Server) Start(ctx context.Context, r *tasksapi.StartRequest) (*tasksapi
 		return nil, err
 	}
 	pid, err := ts.Start(ctx, container.ID(r.ContainerID), task.ExecID(r.ExecID))
-	if err != nil {
-		return nil, err
-	}
-	return &tasksapi.StartResponse{Pid: pid}, nil
+	return &tasksapi.StartResponse{Pid: pid}, err
 }
 
 // Delete implements the RPC.
@@ -104,10 +97,7 @@ func (s *Server) Get(ctx context.Context, r *tasksapi.GetRequest) (*tasksapi.Get
 		return nil, err
 	}
 	p, err := ts.Get(ctx, container.ID(r.ContainerID), task.ExecID(r.ExecID))
-	if err != nil {
-		return nil, err
-	}
-	return &tasksapi.GetResponse{Process: toProto(p)}, nil
+	return &tasksapi.GetResponse{Process: toProto(p)}, err
 }
 
 // List implements the RPC. The filter is ignored (contract 1.2.8).
@@ -117,14 +107,7 @@ func (s *Server) List(ctx context.Context, _ *tasksapi.ListTasksRequest) (*tasks
 		return nil, err
 	}
 	l, err := ts.List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	resp := &tasksapi.ListTasksResponse{Tasks: make([]*tasktypes.Process, len(l))}
-	for i, p := range l {
-		resp.Tasks[i] = toProto(p)
-	}
-	return resp, nil
+	return &tasksapi.ListTasksResponse{Tasks: wire.Each(l, toProto)}, err
 }
 
 // Kill implements the RPC.
@@ -140,10 +123,7 @@ func (s *Server) do(ctx context.Context, f func(task.Store) error) (*emptypb.Emp
 	if err != nil {
 		return nil, err
 	}
-	if err := f(ts); err != nil {
-		return nil, err
-	}
-	return &emptypb.Empty{}, nil
+	return &emptypb.Empty{}, f(ts)
 }
 
 // Exec implements the RPC.
@@ -192,14 +172,9 @@ func (s *Server) ListPids(ctx context.Context, r *tasksapi.ListPidsRequest) (*ta
 		return nil, err
 	}
 	l, err := ts.Pids(ctx, container.ID(r.ContainerID))
-	if err != nil {
-		return nil, err
-	}
-	resp := &tasksapi.ListPidsResponse{Processes: make([]*tasktypes.ProcessInfo, len(l))}
-	for i, p := range l {
-		resp.Processes[i] = &tasktypes.ProcessInfo{Pid: p.Pid, Info: wire.AnyToProto(p.Info)}
-	}
-	return resp, nil
+	return &tasksapi.ListPidsResponse{Processes: wire.Each(l, func(p task.ProcessInfo) *tasktypes.ProcessInfo {
+		return &tasktypes.ProcessInfo{Pid: p.Pid, Info: wire.AnyToProto(p.Info)}
+	})}, err
 }
 
 // Checkpoint implements the RPC.
@@ -209,14 +184,7 @@ func (s *Server) Checkpoint(ctx context.Context, r *tasksapi.CheckpointTaskReque
 		return nil, err
 	}
 	ds, err := ts.Checkpoint(ctx, container.ID(r.ContainerID), r.ParentCheckpoint, wire.AnyFromProto(r.Options))
-	if err != nil {
-		return nil, err
-	}
-	resp := &tasksapi.CheckpointTaskResponse{Descriptors: make([]*types.Descriptor, len(ds))}
-	for i, d := range ds {
-		resp.Descriptors[i] = wire.DescToProto(d)
-	}
-	return resp, nil
+	return &tasksapi.CheckpointTaskResponse{Descriptors: wire.Each(ds, wire.DescToProto)}, err
 }
 
 // Update implements the RPC.
@@ -233,14 +201,7 @@ func (s *Server) Metrics(ctx context.Context, r *tasksapi.MetricsRequest) (*task
 		return nil, err
 	}
 	l, err := ts.Metrics(ctx, r.Filters...)
-	if err != nil {
-		return nil, err
-	}
-	resp := &tasksapi.MetricsResponse{Metrics: make([]*types.Metric, len(l))}
-	for i, m := range l {
-		resp.Metrics[i] = &types.Metric{ID: m.ID, Timestamp: wire.TimeToProto(m.At), Data: wire.AnyToProto(m.Data)}
-	}
-	return resp, nil
+	return &tasksapi.MetricsResponse{Metrics: wire.Each(l, wire.MetricToProto)}, err
 }
 
 // Wait implements the RPC.
@@ -250,10 +211,7 @@ func (s *Server) Wait(ctx context.Context, r *tasksapi.WaitRequest) (*tasksapi.W
 		return nil, err
 	}
 	x, err := ts.Wait(ctx, container.ID(r.ContainerID), task.ExecID(r.ExecID))
-	if err != nil {
-		return nil, err
-	}
-	return &tasksapi.WaitResponse{ExitStatus: x.Status, ExitedAt: wire.TimeToProto(x.At)}, nil
+	return &tasksapi.WaitResponse{ExitStatus: x.Status, ExitedAt: wire.TimeToProto(x.At)}, err
 }
 
 func toProto(p task.Process) *tasktypes.Process {
@@ -338,15 +296,8 @@ func (c *client) Get(ctx context.Context, id container.ID, exec task.ExecID) (ta
 
 func (c *client) List(ctx context.Context) ([]task.Process, error) {
 	resp, err := c.c.List(c.ctx(ctx), &tasksapi.ListTasksRequest{})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]task.Process, 0, len(resp.Tasks))
-	for _, p := range resp.Tasks {
-		// The container's id is the first process's, which is what lists are of.
-		out = append(out, fromProto(p, container.ID(p.GetID())))
-	}
-	return out, nil
+	// The container's id is the first process's, which is what lists are of.
+	return wire.Each(resp.GetTasks(), func(p *tasktypes.Process) task.Process { return fromProto(p, container.ID(p.GetID())) }), err
 }
 
 func (c *client) Kill(ctx context.Context, id container.ID, exec task.ExecID, signal uint32, all bool) error {
@@ -384,14 +335,9 @@ func (c *client) Resume(ctx context.Context, id container.ID) error {
 
 func (c *client) Pids(ctx context.Context, id container.ID) ([]task.ProcessInfo, error) {
 	resp, err := c.c.ListPids(c.ctx(ctx), &tasksapi.ListPidsRequest{ContainerID: string(id)})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]task.ProcessInfo, 0, len(resp.Processes))
-	for _, p := range resp.Processes {
-		out = append(out, task.ProcessInfo{Pid: p.GetPid(), Info: wire.AnyFromProto(p.GetInfo())})
-	}
-	return out, nil
+	return wire.Each(resp.GetProcesses(), func(p *tasktypes.ProcessInfo) task.ProcessInfo {
+		return task.ProcessInfo{Pid: p.GetPid(), Info: wire.AnyFromProto(p.GetInfo())}
+	}), err
 }
 
 func (c *client) Update(ctx context.Context, id container.ID, resources typed.Any, annotations map[string]string) error {
@@ -401,14 +347,7 @@ func (c *client) Update(ctx context.Context, id container.ID, resources typed.An
 
 func (c *client) Metrics(ctx context.Context, filters ...string) ([]task.Metric, error) {
 	resp, err := c.c.Metrics(c.ctx(ctx), &tasksapi.MetricsRequest{Filters: filters})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]task.Metric, 0, len(resp.Metrics))
-	for _, m := range resp.Metrics {
-		out = append(out, task.Metric{ID: m.GetID(), At: wire.TimeFromProto(m.GetTimestamp()), Data: wire.AnyFromProto(m.GetData())})
-	}
-	return out, nil
+	return wire.Each(resp.GetMetrics(), wire.MetricFromProto), err
 }
 
 func (c *client) Wait(ctx context.Context, id container.ID, exec task.ExecID) (task.Exit, error) {
@@ -425,12 +364,5 @@ func (c *client) Wait(ctx context.Context, id container.ID, exec task.ExecID) (t
 
 func (c *client) Checkpoint(ctx context.Context, id container.ID, parent string, opts typed.Any) ([]ocispec.Descriptor, error) {
 	resp, err := c.c.Checkpoint(c.ctx(ctx), &tasksapi.CheckpointTaskRequest{ContainerID: string(id), ParentCheckpoint: parent, Options: wire.AnyToProto(opts)})
-	if err != nil {
-		return nil, err
-	}
-	out := make([]ocispec.Descriptor, 0, len(resp.Descriptors))
-	for _, d := range resp.Descriptors {
-		out = append(out, wire.DescFromProto(d))
-	}
-	return out, nil
+	return wire.Each(resp.GetDescriptors(), wire.DescFromProto), err
 }
