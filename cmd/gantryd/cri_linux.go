@@ -232,11 +232,12 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 			case <-ctx.Done():
 				return nil
 			}
-			if err := podService.Recover(ctx); err != nil && ctx.Err() == nil {
-				return fmt.Errorf("recover pods: %w", err)
-			}
+			// Containers before pods: a pod that was being restored is taken away with its own.
 			if err := containerService.Recover(ctx); err != nil && ctx.Err() == nil {
 				return fmt.Errorf("recover containers: %w", err)
+			}
+			if err := podService.Recover(ctx); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("recover pods: %w", err)
 			}
 			if plugins != nil {
 				plugins.Start(ctx)
@@ -247,6 +248,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 			defer wg.Wait()
 			wg.Go(func() { watchPods(ctx, sub, podService) })
 			wg.Go(func() { _ = podService.Serve(ctx) })
+			wg.Go(func() { containerService.Thaw(ctx) })
 			return containerService.Run(ctx)
 		}, Stop: func(ctx context.Context) error {
 			return errors.Join(containerService.Close(ctx), podService.Close(ctx))

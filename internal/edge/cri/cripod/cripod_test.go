@@ -96,7 +96,7 @@ func TestLife(t *testing.T) {
 			check(t, s.Stop(ctx, id))
 			check(t, s.Stop(ctx, "nobody"))
 			w.clean()
-			if c := w.containers.told; !slices.Equal(c, []string{"stop " + id, "stop " + id, "stop " + id, "remove " + id}) {
+			if c := w.containers.told; !slices.Equal(c, []string{"stop " + id, "stop " + id, "stop " + id, "remove " + id, "remove " + id}) {
 				t.Errorf("containers were told %v", c)
 			}
 			for _, kind := range []runtime.ContainerEventType{runtime.ContainerEventType_CONTAINER_CREATED_EVENT, runtime.ContainerEventType_CONTAINER_STARTED_EVENT,

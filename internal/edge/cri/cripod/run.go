@@ -34,6 +34,15 @@ const extensionIncomplete = "io.gantry.cri.incomplete"
 // stage. ErrInvalidArgument, ErrNotFound (handler), ErrAlreadyExists (the name
 // is that of a pod with another handler).
 func (s *Service) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string) (string, error) {
+	return s.bring(ctx, cfg, handler, nil)
+}
+
+// fill puts containers into a pod that is being made.
+type fill func(ctx context.Context, st *attempt.Stage, p *cristate.Pod) error
+
+// bring is Run, and fills the pod unless with is nil. Then its caller's end is
+// the attempt's, and it returns when all is taken back.
+func (s *Service) bring(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string, with fill) (string, error) {
 	if m := cfg.GetMetadata(); m.GetName() == "" || m.GetNamespace() == "" || m.GetUid() == "" {
 		return "", fmt.Errorf("run pod sandbox: its configuration must have metadata with name, namespace and uid: %w", errdefs.ErrInvalidArgument)
 	}
@@ -42,8 +51,17 @@ func (s *Service) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 	if err != nil {
 		return "", fmt.Errorf("run pod sandbox %s: %w", name, err)
 	}
+	caller := ctx
+	if with != nil {
+		ctx = context.WithoutCancel(ctx)
+	}
 	id, err := s.group.Do(ctx, name, func(ctx context.Context, st *attempt.Stage) (string, error) {
-		id, err := s.run(ctx, cfg, name, handler, rt, st)
+		if with != nil {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(caller, runLimit)
+			defer cancel()
+		}
+		id, err := s.run(ctx, cfg, name, handler, rt, st, with)
 		if err != nil {
 			return "", fmt.Errorf("%s: %w", st, err)
 		}
@@ -94,7 +112,7 @@ type making struct {
 	began      time.Time // the sandbox
 }
 
-func (s *Service) run(ctx context.Context, cfg *runtime.PodSandboxConfig, name, handler string, rt cristate.Runtime, st *attempt.Stage) (string, error) {
+func (s *Service) run(ctx context.Context, cfg *runtime.PodSandboxConfig, name, handler string, rt cristate.Runtime, st *attempt.Stage, with fill) (string, error) {
 	st.Enter("look for an earlier attempt")
 	if id, err := s.taken(ctx, name, handler); id != "" || err != nil {
 		return id, err
@@ -113,7 +131,7 @@ func (s *Service) run(ctx context.Context, cfg *runtime.PodSandboxConfig, name, 
 		meta.NetNSPath = s.Dirs.netNS(meta.ID)
 	}
 	m := &making{Service: s, rt: rt, ctrl: ctrl, view: v, pod: cristate.NewPod(meta, cristate.PodStatus{Sandboxer: rt.Sandboxer, CreatedAt: time.Now()})}
-	err = m.make(ctx, st)
+	err = m.make(ctx, st, with)
 	if err == nil {
 		return meta.ID, nil
 	}
@@ -135,7 +153,7 @@ func (s *Service) run(ctx context.Context, cfg *runtime.PodSandboxConfig, name, 
 
 // make does all of it. What it has done when it fails is for takeBack, which
 // bears steps that were not done, or in part.
-func (m *making) make(ctx context.Context, st *attempt.Stage) error {
+func (m *making) make(ctx context.Context, st *attempt.Stage, with fill) error {
 	meta := m.pod.Meta()
 	id, cfg := meta.ID, meta.Config
 	if m.Labels != nil {
@@ -175,6 +193,12 @@ func (m *making) make(ctx context.Context, st *attempt.Stage) error {
 			}
 			m.asked = true
 			return m.NRI.RunPodSandbox(ctx, m.pod)
+		}},
+		{"restore its containers", func(ctx context.Context) error {
+			if with == nil {
+				return nil
+			}
+			return with(ctx, st, m.pod)
 		}},
 		{"complete the record", m.complete},
 	}

@@ -12,6 +12,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -44,6 +45,10 @@ type Containers interface {
 	StopAll(ctx context.Context, podID string) error
 	// RemoveAll removes them.
 	RemoveAll(ctx context.Context, podID string) error
+	// CheckpointPod, RestorePod and Restored are cricontainer's.
+	CheckpointPod(ctx context.Context, podID string, ids []string, to *os.Root, p cristate.PodCheckpoint) error
+	RestorePod(ctx context.Context, st *attempt.Stage, pod *cristate.Pod, from *os.Root, p cristate.PodCheckpoint, configs []*runtime.ContainerConfig) error
+	Restored(podID, checkpoint string, configs []*runtime.ContainerConfig) ([]*runtime.RestoredContainer, error)
 }
 
 // Images finds, and pulls if need be, what a runtime handler's pause

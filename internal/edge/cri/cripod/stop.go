@@ -134,7 +134,7 @@ func (s *Service) remove(ctx context.Context, p *cristate.Pod) error {
 	if err := s.stop(ctx, p); err != nil {
 		return err
 	}
-	if err := s.Containers.RemoveAll(ctx, p.ID()); err != nil {
+	if err := s.Containers.RemoveAll(ctx, p.ID()); err != nil { // NRI is told of them first
 		return fmt.Errorf("remove its containers: %w", err)
 	}
 	s.tellRemoved(ctx, p)
@@ -172,6 +172,8 @@ func (s *Service) takeBack(ctx context.Context, p *cristate.Pod) error {
 		name string
 		do   func() error
 	}{
+		// Those of a checkpoint are there before the pod is complete.
+		{"remove its containers", func() error { return s.Containers.RemoveAll(ctx, m.ID) }},
 		{"shut the sandbox down", func() error { return gone(ctrl.Shutdown(ctx, m.ID)) }},
 		{"disconnect it", func() error { return s.disconnect(ctx, m) }},
 		{"remove its directories", func() error { return s.Dirs.remove(m.ID) }},

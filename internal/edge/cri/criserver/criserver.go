@@ -36,6 +36,8 @@ type Pods interface {
 	Stop(ctx context.Context, id string) error
 	Remove(ctx context.Context, id string) error
 	UpdateResources(ctx context.Context, id string, overhead, resources *runtime.LinuxContainerResources) error
+	Checkpoint(ctx context.Context, id, dir string, containers []string) error
+	Restore(ctx context.Context, dir string, config *runtime.PodSandboxConfig, handler string, containers []*runtime.ContainerConfig) (id string, restored []*runtime.RestoredContainer, err error)
 	// Info is what a verbose status tells, as JSON.
 	Info(ctx context.Context, id string) (map[string]string, error)
 }
