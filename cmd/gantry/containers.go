@@ -115,69 +115,51 @@ func editDistance(a, b string, most int) int {
 	return row[len(b)]
 }
 
-// each does something with every container that was named, and prints the ids
-// of those for which it succeeded. One that fails does not keep the others
-// from their turn.
+// onContainers makes a command of what it does with several containers.
+func (a *app) onContainers(use, short string, run func(ctx context.Context, v view.View, args []string) error) *cobra.Command {
+	return &cobra.Command{Use: use, Short: short, GroupID: "run", Args: cobra.MinimumNArgs(1), RunE: a.inView(run)}
+}
+
+// each makes a command of what it does with every container that was named.
 func (a *app) each(use, short string, run func(ctx context.Context, v view.View, c container.Container) error) *cobra.Command {
-	return &cobra.Command{Use: use, Short: short, GroupID: "run", Args: cobra.MinimumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
-		ctx := cmd.Context()
-		v, err := a.view(ctx)
-		if err != nil {
-			return err
-		}
-		var all error
-		for _, ref := range args {
-			c, err := a.find(ctx, v, ref)
-			if err == nil {
-				err = run(ctx, v, c)
-			}
-			if err != nil {
-				all = errors.Join(all, err)
-				continue
-			}
-			fmt.Fprintln(a.out, c.ID)
-		}
-		return all
-	}}
+	return a.onContainers(use, short, func(ctx context.Context, v view.View, args []string) error {
+		return a.eachOf(ctx, v, args, false, func(c container.Container) error { return run(ctx, v, c) })
+	})
+}
+
+func (a *app) eachOf(ctx context.Context, v view.View, refs []string, absentOK bool, do func(c container.Container) error) error {
+	return each(a, refs, absentOK, func(ref string) (container.Container, error) { return a.find(ctx, v, ref) }, do,
+		func(c container.Container) string { return string(c.ID) })
 }
 
 func (a *app) startCommand() *cobra.Command {
 	var attach, interactive bool
-	cmd := a.each("start CONTAINER...", "Start containers that were created or have stopped", nil)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		ctx := cmd.Context()
-		v, err := a.view(ctx)
+	cmd := a.onContainers("start CONTAINER...", "Start containers that were created or have stopped", func(ctx context.Context, v view.View, args []string) error {
+		if !attach && !interactive {
+			return a.eachOf(ctx, v, args, false, func(c container.Container) error {
+				if err := a.clearTask(ctx, v, c); err != nil {
+					return err
+				}
+				return a.startDetached(ctx, v, c)
+			})
+		}
+		if len(args) > 1 {
+			return fmt.Errorf("--attach and --interactive are for one container, not %d", len(args))
+		}
+		c, err := a.find(ctx, v, args[0])
 		if err != nil {
 			return err
 		}
-		if (attach || interactive) && len(args) > 1 {
-			return fmt.Errorf("--attach and --interactive are for one container, not %d", len(args))
+		if err := a.clearTask(ctx, v, c); err != nil {
+			return err
 		}
-		var all error
-		for _, ref := range args {
-			c, err := a.find(ctx, v, ref)
-			if err == nil {
-				err = a.clearTask(ctx, v, c)
-			}
-			if err == nil && (attach || interactive) {
-				spec, err := client.Spec(c)
-				if err != nil {
-					return err
-				}
-				code, err := a.runAttached(ctx, v, c, interactive, spec.Process != nil && spec.Process.Terminal)
-				return exitError(code, err)
-			}
-			if err == nil {
-				err = a.startDetached(ctx, v, c)
-			}
-			if err != nil {
-				all = errors.Join(all, err)
-				continue
-			}
-			fmt.Fprintln(a.out, c.ID)
+		spec, err := client.Spec(c)
+		if err != nil {
+			return err
 		}
-		return all
-	}
+		code, err := a.runAttached(ctx, v, c, interactive, spec.Process != nil && spec.Process.Terminal)
+		return exitError(code, err)
+	})
 	cmd.Flags().BoolVarP(&attach, "attach", "a", false, "show its output and return its exit code")
 	cmd.Flags().BoolVarP(&interactive, "interactive", "i", false, "connect standard input as well")
 	return cmd
@@ -371,30 +353,9 @@ func notRunning(c container.Container, verb string, err error) error {
 
 func (a *app) rmCommand() *cobra.Command {
 	var force bool
-	cmd := a.each("rm CONTAINER...", "Remove containers with their kept output", nil)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		ctx := cmd.Context()
-		v, err := a.view(ctx)
-		if err != nil {
-			return err
-		}
-		var all error
-		for _, ref := range args {
-			c, err := a.find(ctx, v, ref)
-			if force && errdefs.IsNotFound(err) {
-				continue
-			}
-			if err == nil {
-				err = a.remove(ctx, v, c, force)
-			}
-			if err != nil {
-				all = errors.Join(all, err)
-				continue
-			}
-			fmt.Fprintln(a.out, c.ID)
-		}
-		return all
-	}
+	cmd := a.onContainers("rm CONTAINER...", "Remove containers with their kept output", func(ctx context.Context, v view.View, args []string) error {
+		return a.eachOf(ctx, v, args, force, func(c container.Container) error { return a.remove(ctx, v, c, force) })
+	})
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "kill what runs; one that is not there is no error")
 	return cmd
 }
@@ -441,13 +402,7 @@ func keptDir(c container.Container) string {
 }
 
 func (a *app) waitCommand() *cobra.Command {
-	cmd := a.each("wait CONTAINER...", "Wait until containers have ended and print their exit codes", nil)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		ctx := cmd.Context()
-		v, err := a.view(ctx)
-		if err != nil {
-			return err
-		}
+	return a.onContainers("wait CONTAINER...", "Wait until containers have ended and print their exit codes", func(ctx context.Context, v view.View, args []string) error {
 		exits := []task.Exit{}
 		for _, ref := range args {
 			c, err := a.find(ctx, v, ref)
@@ -467,8 +422,7 @@ func (a *app) waitCommand() *cobra.Command {
 			return a.json(exits)
 		}
 		return nil
-	}
-	return cmd
+	})
 }
 
 // containerRow is a container in a listing.

@@ -170,12 +170,7 @@ func (a *app) attachCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "attach CONTAINER", Short: "Connect to a running container's streams", GroupID: "run", Args: cobra.ExactArgs(1),
 		Long: "Connects this terminal with the first process of a container, and returns its exit code.\nOf a container that keeps its output (run -d), it shows what is printed from now on.",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			v, err := a.view(ctx)
-			if err != nil {
-				return err
-			}
+		RunE: a.inView(func(ctx context.Context, v view.View, args []string) error {
 			c, err := a.find(ctx, v, args[0])
 			if err != nil {
 				return err
@@ -189,7 +184,7 @@ func (a *app) attachCommand() *cobra.Command {
 			}
 			code, err := a.attach(ctx, v, c, p, !noStdin, !noSignals)
 			return exitError(code, err)
-		},
+		}),
 	}
 	cmd.Flags().BoolVar(&noStdin, "no-stdin", false, "do not connect standard input")
 	cmd.Flags().BoolVar(&noSignals, "no-signals", false, "do not pass signals on; an interrupt only ends this command")
@@ -234,11 +229,16 @@ func (a *app) attach(ctx context.Context, v view.View, c container.Container, p 
 			return 0, err
 		}
 	}
-	exit, err := v.Tasks().Wait(waiting, c.ID, "")
+	return drained(waiting, v, c.ID, "", stdio)
+}
+
+// drained waits for the end of a process and of its output, and returns its exit code.
+func drained(ctx context.Context, v view.View, id container.ID, exec task.ExecID, stdio *client.Stdio) (uint32, error) {
+	exit, err := v.Tasks().Wait(ctx, id, exec)
 	if err != nil {
 		return 0, err
 	}
-	drain, cancel := context.WithTimeout(waiting, drainTimeout)
+	drain, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
 	if err := stdio.Wait(drain); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 		return 0, err

@@ -155,6 +155,28 @@ type pullFlags struct {
 	quiet        bool
 }
 
+// into says which platforms are taken and where they are unpacked.
+func (p *pullFlags) into(ctx context.Context, a *app, dst *transfer.ImageStore) error {
+	wanted, err := parsePlatform(p.platform)
+	if err != nil {
+		return err
+	}
+	if wanted.OS == "" {
+		wanted = platforms.DefaultSpec()
+	}
+	if !p.allPlatforms {
+		dst.Platforms = []ocispec.Platform{wanted}
+	}
+	if !p.noUnpack {
+		sn, err := a.snapshotter(ctx, p.snapshotter)
+		if err != nil {
+			return err
+		}
+		dst.Unpacks = []transfer.Unpack{{Platform: &wanted, Snapshotter: sn}}
+	}
+	return nil
+}
+
 // pull fetches and unpacks an image, which it returns the full name of.
 func (a *app) pull(ctx context.Context, ref string, p *pullFlags) (string, error) {
 	name, err := normalize(ref)
@@ -169,24 +191,9 @@ func (a *app) pull(ctx context.Context, ref string, p *pullFlags) (string, error
 	if err != nil {
 		return "", err
 	}
-	platform, err := parsePlatform(p.platform)
-	if err != nil {
-		return "", err
-	}
 	dst := transfer.ImageStore{Name: name}
-	wanted := platforms.DefaultSpec()
-	if platform.OS != "" {
-		wanted = platform
-	}
-	if !p.allPlatforms {
-		dst.Platforms = []ocispec.Platform{wanted}
-	}
-	if !p.noUnpack {
-		sn, err := a.snapshotter(ctx, p.snapshotter)
-		if err != nil {
-			return "", err
-		}
-		dst.Unpacks = []transfer.Unpack{{Platform: &wanted, Snapshotter: sn}}
+	if err := p.into(ctx, a, &dst); err != nil {
+		return "", err
 	}
 	show := a.progress(p.quiet)
 	err = v.Transfer().Transfer(ctx, transfer.Registry{Reference: name, Options: opts}, dst, transfer.Options{Progress: show.update})
@@ -222,12 +229,7 @@ func (a *app) pushCommand() *cobra.Command {
 	var quiet bool
 	cmd := &cobra.Command{
 		Use: "push IMAGE [REFERENCE]", Short: "Send an image to a registry", GroupID: "image", Args: cobra.RangeArgs(1, 2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			v, err := a.view(ctx)
-			if err != nil {
-				return err
-			}
+		RunE: a.inView(func(ctx context.Context, v view.View, args []string) error {
 			img, err := a.findImage(ctx, v, args[0])
 			if err != nil {
 				return err
@@ -246,7 +248,7 @@ func (a *app) pushCommand() *cobra.Command {
 			err = v.Transfer().Transfer(ctx, transfer.ImageStore{Name: img.Name}, transfer.Registry{Reference: to, Options: opts}, transfer.Options{Progress: show.update})
 			show.done(err, "Pushed "+to)
 			return err
-		},
+		}),
 	}
 	r.add(cmd)
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "show no progress")
@@ -396,12 +398,7 @@ func (a *app) rmiCommand() *cobra.Command {
 	var async, force bool
 	cmd := &cobra.Command{
 		Use: "rmi IMAGE...", Short: "Remove images", GroupID: "image", Args: cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			v, err := a.view(ctx)
-			if err != nil {
-				return err
-			}
+		RunE: a.inView(func(ctx context.Context, v view.View, args []string) error {
 			var all error
 			for i, ref := range args {
 				img, err := a.findImage(ctx, v, ref)
@@ -417,7 +414,7 @@ func (a *app) rmiCommand() *cobra.Command {
 				}
 			}
 			return all
-		},
+		}),
 	}
 	cmd.Flags().BoolVar(&async, "async", false, "do not wait until the disk space is free")
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "an image that is not there is no error")
@@ -428,12 +425,7 @@ func (a *app) tagCommand() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use: "tag IMAGE NAME...", Short: "Give an image further names", GroupID: "image", Args: cobra.MinimumNArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			v, err := a.view(ctx)
-			if err != nil {
-				return err
-			}
+		RunE: a.inView(func(ctx context.Context, v view.View, args []string) error {
 			img, err := a.findImage(ctx, v, args[0])
 			if err != nil {
 				return err
@@ -457,7 +449,7 @@ func (a *app) tagCommand() *cobra.Command {
 				fmt.Fprintln(a.out, name)
 			}
 			return nil
-		},
+		}),
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "a name that exists is pointed at the image")
 	return cmd
@@ -527,8 +519,8 @@ type keepOpen struct{ io.Writer }
 func (keepOpen) Close() error { return nil }
 
 func (a *app) loadCommand() *cobra.Command {
-	var in, snapshotter, platform string
-	var noUnpack, quiet, all bool
+	var in string
+	var p pullFlags
 	cmd := &cobra.Command{
 		Use: "load", Short: "Read images from an archive", GroupID: "image", Args: cobra.NoArgs,
 		Long: "Reads a tar archive, compressed or not: an OCI image layout, or what docker save writes.",
@@ -549,25 +541,11 @@ func (a *app) loadCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p, err := parsePlatform(platform)
-			if err != nil {
+			dst := transfer.ImageStore{References: []transfer.Reference{{IsPrefix: true, AllowOverwrite: true}}}
+			if err := p.into(ctx, a, &dst); err != nil {
 				return err
 			}
-			if p.OS == "" {
-				p = platforms.DefaultSpec()
-			}
-			dst := transfer.ImageStore{References: []transfer.Reference{{IsPrefix: true, AllowOverwrite: true}}}
-			if !all {
-				dst.Platforms = []ocispec.Platform{p}
-			}
-			if !noUnpack {
-				sn, err := a.snapshotter(ctx, snapshotter)
-				if err != nil {
-					return err
-				}
-				dst.Unpacks = []transfer.Unpack{{Platform: &p, Snapshotter: sn}}
-			}
-			show := a.progress(quiet)
+			show := a.progress(p.quiet)
 			var names []string
 			err = v.Transfer().Transfer(ctx, transfer.Import{Reader: src}, dst, transfer.Options{Progress: func(e transfer.Progress) {
 				if e.Event == "saved" && !slices.Contains(names, e.Name) {
@@ -590,11 +568,11 @@ func (a *app) loadCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVarP(&in, "file", "f", "", "`path` to read from (standard input)")
-	f.StringVar(&snapshotter, "snapshotter", "", "`name` of the snapshotter to unpack into")
-	f.StringVar(&platform, "platform", "", "`os/arch` to load (the host's)")
-	f.BoolVar(&all, "all-platforms", false, "load all platforms")
-	f.BoolVar(&noUnpack, "no-unpack", false, "load only")
-	f.BoolVarP(&quiet, "quiet", "q", false, "show no progress")
+	f.StringVar(&p.snapshotter, "snapshotter", "", "`name` of the snapshotter to unpack into")
+	f.StringVar(&p.platform, "platform", "", "`os/arch` to load (the host's)")
+	f.BoolVar(&p.allPlatforms, "all-platforms", false, "load all platforms")
+	f.BoolVar(&p.noUnpack, "no-unpack", false, "load only")
+	f.BoolVarP(&p.quiet, "quiet", "q", false, "show no progress")
 	return cmd
 }
 

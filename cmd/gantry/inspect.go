@@ -56,15 +56,13 @@ func (a *app) inspectCommand() *cobra.Command {
 				return err
 			}
 			list := []any{}
-			var all error
-			for _, ref := range args {
+			all := every(args, func(ref string) error {
 				o, err := a.inspect(ctx, v, ref, kind, platform)
-				if err != nil {
-					all = errors.Join(all, err)
-					continue
+				if err == nil {
+					list = append(list, o)
 				}
-				list = append(list, o)
-			}
+				return err
+			})
 			return errors.Join(a.json(list), all)
 		},
 	}

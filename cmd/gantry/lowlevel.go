@@ -26,6 +26,7 @@ import (
 	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/edge/wire/introspectionrpc"
 )
 
 // group makes a command that only has others below it.
@@ -37,13 +38,7 @@ func group(use, short string, aliases []string, sub ...*cobra.Command) *cobra.Co
 
 // simple makes a command that works on one namespace.
 func (a *app) simple(use, short string, args cobra.PositionalArgs, run func(ctx context.Context, v view.View, args []string) error) *cobra.Command {
-	return &cobra.Command{Use: use, Short: short, Args: args, RunE: func(cmd *cobra.Command, args []string) error {
-		v, err := a.view(cmd.Context())
-		if err != nil {
-			return err
-		}
-		return run(cmd.Context(), v, args)
-	}}
+	return &cobra.Command{Use: use, Short: short, Args: args, RunE: a.inView(run)}
 }
 
 // labelText shows labels in a table.
@@ -53,6 +48,11 @@ func labelText(labels map[string]string) string {
 		out = append(out, k+"="+labels[k])
 	}
 	return strings.Join(out, ",")
+}
+
+// kept are the labels of what is stored by hand: it stays until it is deleted by hand.
+func kept() map[string]string {
+	return map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)}
 }
 
 // parseLabels reads key=value arguments; an empty value deletes.
@@ -133,8 +133,7 @@ func (a *app) contentCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		// What is stored by hand is kept until it is deleted by hand.
-		if err := w.Commit(ctx, n, opts.Expected, map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)}); err != nil {
+		if err := w.Commit(ctx, n, opts.Expected, kept()); err != nil {
 			return err
 		}
 		fmt.Fprintln(a.out, w.Digest())
@@ -142,15 +141,13 @@ func (a *app) contentCommand() *cobra.Command {
 	})
 	put.Flags().StringVar(&expected, "digest", "", "`digest` that the input must have")
 	rm := a.simple("rm DIGEST...", "Remove blobs", cobra.MinimumNArgs(1), func(ctx context.Context, v view.View, args []string) error {
-		var all error
-		for _, arg := range args {
+		return every(args, func(arg string) error {
 			d, err := parseDigest(arg)
 			if err == nil {
 				err = v.Content().Delete(ctx, d)
 			}
-			all = errors.Join(all, err)
-		}
-		return all
+			return err
+		})
 	})
 	label := a.simple("label DIGEST KEY=VALUE...", "Set labels, or remove them with an empty value", cobra.MinimumNArgs(2), func(ctx context.Context, v view.View, args []string) error {
 		d, err := parseDigest(args[0])
@@ -173,11 +170,9 @@ func (a *app) contentCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		var rows [][]string
-		for _, s := range list {
-			rows = append(rows, []string{s.Ref, size(s.Offset), size(s.Total), ago(s.StartedAt)})
-		}
-		return a.table(list, "REF|WRITTEN|TOTAL|STARTED", rows)
+		return tableOf(a, list, "REF|WRITTEN|TOTAL|STARTED", func(s content.Status) []string {
+			return []string{s.Ref, size(s.Offset), size(s.Total), ago(s.StartedAt)}
+		})
 	})
 	abort := a.simple("abort REF", "Drop what was being written", cobra.ExactArgs(1), func(ctx context.Context, v view.View, args []string) error {
 		return v.Content().Abort(ctx, args[0])
@@ -209,17 +204,14 @@ func (a *app) snapshotCommand() *cobra.Command {
 		})
 	}
 	ls := with("ls [FILTER...]", "List snapshots", cobra.ArbitraryArgs, func(ctx context.Context, st snapshot.Store, args []string) error {
-		list := []snapshot.Info{}
-		var rows [][]string
-		err := st.Walk(ctx, func(i snapshot.Info) error {
-			list = append(list, i)
-			rows = append(rows, []string{i.Name, i.Kind.String(), ago(i.CreatedAt), i.Parent})
-			return nil
-		}, args...)
+		var list []snapshot.Info
+		err := st.Walk(ctx, func(i snapshot.Info) error { list = append(list, i); return nil }, args...)
 		if err != nil {
 			return err
 		}
-		return a.table(list, "KEY|KIND|CREATED|PARENT", rows)
+		return tableOf(a, list, "KEY|KIND|CREATED|PARENT", func(i snapshot.Info) []string {
+			return []string{i.Name, i.Kind.String(), ago(i.CreatedAt), i.Parent}
+		})
 	})
 	tree := with("tree", "Show which snapshot stands on which", cobra.NoArgs, func(ctx context.Context, st snapshot.Store, _ []string) error {
 		children := map[string][]string{}
@@ -299,33 +291,22 @@ func (a *app) snapshotCommand() *cobra.Command {
 		}
 		return printMounts(ms, args[0])
 	})
-	// What is prepared by hand is kept until it is removed by hand.
-	root := func() map[string]string {
-		return map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)}
+	create := func(use, short string, run func(st snapshot.Store, ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error)) *cobra.Command {
+		return with(use, short, cobra.RangeArgs(1, 2), func(ctx context.Context, st snapshot.Store, args []string) error {
+			ms, err := run(st, ctx, args[0], append(args, "")[1], kept())
+			if err != nil {
+				return err
+			}
+			return printMounts(ms, "TARGET")
+		})
 	}
-	prepare := with("prepare KEY [PARENT]", "Make a writable snapshot", cobra.RangeArgs(1, 2), func(ctx context.Context, st snapshot.Store, args []string) error {
-		ms, err := st.Prepare(ctx, args[0], append(args, "")[1], root())
-		if err != nil {
-			return err
-		}
-		return printMounts(ms, "TARGET")
-	})
-	viewCmd := with("view KEY [PARENT]", "Make a read-only snapshot", cobra.RangeArgs(1, 2), func(ctx context.Context, st snapshot.Store, args []string) error {
-		ms, err := st.View(ctx, args[0], append(args, "")[1], root())
-		if err != nil {
-			return err
-		}
-		return printMounts(ms, "TARGET")
-	})
+	prepare := create("prepare KEY [PARENT]", "Make a writable snapshot", snapshot.Store.Prepare)
+	viewCmd := create("view KEY [PARENT]", "Make a read-only snapshot", snapshot.Store.View)
 	commit := with("commit NAME KEY", "Commit a writable snapshot under a name", cobra.ExactArgs(2), func(ctx context.Context, st snapshot.Store, args []string) error {
-		return st.Commit(ctx, args[0], args[1], snapshot.CommitOptions{Labels: root()})
+		return st.Commit(ctx, args[0], args[1], snapshot.CommitOptions{Labels: kept()})
 	})
 	rm := with("rm KEY...", "Remove snapshots", cobra.MinimumNArgs(1), func(ctx context.Context, st snapshot.Store, args []string) error {
-		var all error
-		for _, key := range args {
-			all = errors.Join(all, st.Remove(ctx, key))
-		}
-		return all
+		return every(args, func(key string) error { return st.Remove(ctx, key) })
 	})
 	cmd := group("snapshot", "Look at snapshots", []string{"snapshots"}, ls, tree, inspect, usage, mounts, prepare, viewCmd, commit, rm)
 	cmd.PersistentFlags().StringVar(&name, "snapshotter", "", "`name` of the snapshotter")
@@ -334,23 +315,13 @@ func (a *app) snapshotCommand() *cobra.Command {
 
 func (a *app) leaseCommand() *cobra.Command {
 	ls := &cobra.Command{Use: "ls [FILTER...]", Short: "List leases", RunE: func(cmd *cobra.Command, args []string) error {
-		vs, err := a.views(cmd.Context())
+		list, err := listAll(cmd.Context(), a, func(v view.View) ([]lease.Lease, error) { return v.Leases().List(cmd.Context(), args...) })
 		if err != nil {
 			return err
 		}
-		list := []lease.Lease{}
-		var rows [][]string
-		for _, v := range vs {
-			some, err := v.Leases().List(cmd.Context(), args...)
-			if err != nil {
-				return err
-			}
-			for _, l := range some {
-				list = append(list, l)
-				rows = append(rows, []string{string(l.ID), ago(l.CreatedAt), labelText(l.Labels)})
-			}
-		}
-		return a.table(list, "ID|CREATED|LABELS", rows)
+		return tableOf(a, list, "ID|CREATED|LABELS", func(l lease.Lease) []string {
+			return []string{string(l.ID), ago(l.CreatedAt), labelText(l.Labels)}
+		})
 	}}
 	var expires time.Duration
 	create := a.simple("create [ID] [KEY=VALUE...]", "Make a lease", cobra.ArbitraryArgs, func(ctx context.Context, v view.View, args []string) error {
@@ -387,11 +358,7 @@ func (a *app) leaseCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		var rows [][]string
-		for _, r := range list {
-			rows = append(rows, []string{r.Type, r.ID})
-		}
-		return a.table(list, "TYPE|ID", rows)
+		return tableOf(a, list, "TYPE|ID", func(r lease.Resource) []string { return []string{r.Type, r.ID} })
 	})
 	add := a.simple("add ID TYPE RESOURCE", "Let a lease hold something", cobra.ExactArgs(3), func(ctx context.Context, v view.View, args []string) error {
 		return v.Leases().AddResource(ctx, lease.ID(args[0]), lease.Resource{Type: args[1], ID: args[2]})
@@ -414,11 +381,7 @@ func (a *app) namespaceCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		var rows [][]string
-		for _, ns := range list {
-			rows = append(rows, []string{string(ns.ID), labelText(ns.Labels)})
-		}
-		return a.table(list, "NAME|LABELS", rows)
+		return tableOf(a, list, "NAME|LABELS", func(ns namespace.Namespace) []string { return []string{string(ns.ID), labelText(ns.Labels)} })
 	})
 	create := on("create NAME [KEY=VALUE...]", "Make a namespace", cobra.MinimumNArgs(1), func(ctx context.Context, st namespace.Store, args []string) error {
 		labels, _, err := parseLabels(args[1:])
@@ -435,11 +398,7 @@ func (a *app) namespaceCommand() *cobra.Command {
 		return err
 	})
 	rm := on("rm NAME...", "Remove empty namespaces", cobra.MinimumNArgs(1), func(ctx context.Context, st namespace.Store, args []string) error {
-		var all error
-		for _, n := range args {
-			all = errors.Join(all, st.Delete(ctx, namespace.ID(n)))
-		}
-		return all
+		return every(args, func(name string) error { return st.Delete(ctx, namespace.ID(name)) })
 	})
 	return group("namespace", "Partitions of everything", []string{"namespaces", "ns"}, ls, create, label, rm)
 }
@@ -454,8 +413,7 @@ func (a *app) pluginCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		var rows [][]string
-		for _, p := range list {
+		return tableOf(a, list, "TYPE|ID|STATUS|WHY", func(p introspectionrpc.Plugin) []string {
 			status := "ok"
 			switch {
 			case p.InitErr != "" && p.Skipped():
@@ -463,43 +421,28 @@ func (a *app) pluginCommand() *cobra.Command {
 			case p.InitErr != "":
 				status = "error"
 			}
-			rows = append(rows, []string{p.Type, p.ID, status, p.InitErr})
-		}
-		return a.table(list, "TYPE|ID|STATUS|WHY", rows)
+			return []string{p.Type, p.ID, status, p.InitErr}
+		})
 	}}
 	return group("plugin", "The parts of the daemon", []string{"plugins"}, ls)
 }
 
 func (a *app) taskCommand() *cobra.Command {
 	ls := &cobra.Command{Use: "ls", Short: "List tasks", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		vs, err := a.views(cmd.Context())
+		list, err := listAll(cmd.Context(), a, func(v view.View) ([]task.Process, error) { return v.Tasks().List(cmd.Context()) })
 		if err != nil {
 			return err
 		}
-		list := []task.Process{}
-		var rows [][]string
-		for _, v := range vs {
-			some, err := v.Tasks().List(cmd.Context())
-			if err != nil {
-				return err
-			}
-			for _, p := range some {
-				list = append(list, p)
-				rows = append(rows, []string{string(p.ContainerID), fmt.Sprint(p.Pid), p.Status.String()})
-			}
-		}
-		return a.table(list, "CONTAINER|PID|STATUS", rows)
+		return tableOf(a, list, "CONTAINER|PID|STATUS", func(p task.Process) []string {
+			return []string{string(p.ContainerID), fmt.Sprint(p.Pid), p.Status.String()}
+		})
 	}}
 	pids := a.simple("pids CONTAINER", "List the processes of a task", cobra.ExactArgs(1), func(ctx context.Context, v view.View, args []string) error {
 		list, err := v.Tasks().Pids(ctx, container.ID(args[0]))
 		if err != nil {
 			return err
 		}
-		var rows [][]string
-		for _, p := range list {
-			rows = append(rows, []string{fmt.Sprint(p.Pid), p.Info.URL})
-		}
-		return a.table(list, "PID|INFO", rows)
+		return tableOf(a, list, "PID|INFO", func(p task.ProcessInfo) []string { return []string{fmt.Sprint(p.Pid), p.Info.URL} })
 	})
 	get := a.simple("get CONTAINER [EXEC]", "Show a process", cobra.RangeArgs(1, 2), func(ctx context.Context, v view.View, args []string) error {
 		p, err := v.Tasks().Get(ctx, container.ID(args[0]), task.ExecID(append(args, "")[1]))

@@ -23,6 +23,15 @@ func (a *app) table(v any, header string, rows [][]string) error {
 	return writeTable(a.out, a.width(), strings.Split(header, "|"), rows)
 }
 
+// tableOf prints a list, a row for each.
+func tableOf[T any](a *app, list []T, header string, row func(T) []string) error {
+	var rows [][]string
+	for _, o := range list {
+		rows = append(rows, row(o))
+	}
+	return a.table(list, header, rows)
+}
+
 // squeeze leaves out the columns named, one after another, until the rest fits
 // the terminal.
 func (a *app) squeeze(header string, rows [][]string, drop ...string) (string, [][]string) {

@@ -245,6 +245,17 @@ func (p *pods) container(ctx context.Context, pod *runtime.PodSandbox, name stri
 	return nil, &hinted{fmt.Errorf("container %q of pod %s: %w", name, title, errdefs.ErrNotFound), "it has: " + strings.Join(names, ", ")}
 }
 
+// chosen finds the container that a command of one pod is about.
+func (a *app) chosen(cmd *cobra.Command, pod, name string) (p *pods, x *runtime.PodSandbox, c *runtime.Container, err error) {
+	if p, err = a.pods(cmd); err != nil {
+		return nil, nil, nil, err
+	}
+	if x, err = p.find(cmd.Context(), pod); err == nil {
+		c, err = p.container(cmd.Context(), x, name)
+	}
+	return p, x, c, err
+}
+
 // mustRun is an error if a container does not run.
 func mustRun(verb string, pod *runtime.PodSandbox, c *runtime.Container) error {
 	if c.State == runtime.ContainerState_CONTAINER_RUNNING {
@@ -290,15 +301,11 @@ func (a *app) podLsCommand() *cobra.Command {
 			if len(args) == 0 {
 				found, err = p.list(ctx, filter)
 			}
-			for _, ref := range args {
-				x, ferr := p.find(ctx, ref)
-				if ferr != nil {
-					err = errors.Join(err, ferr)
-					continue
-				}
+			if err = errors.Join(err, every(args, func(ref string) error {
+				x, err := p.find(ctx, ref)
 				found = append(found, x)
-			}
-			if err != nil {
+				return err
+			})); err != nil {
 				return err
 			}
 			slices.SortStableFunc(found, func(x, y *runtime.PodSandbox) int {
@@ -444,15 +451,13 @@ func (a *app) podInspectCommand() *cobra.Command {
 				return err
 			}
 			list := []inspectedPod{}
-			var all error
-			for _, ref := range args {
+			all := every(args, func(ref string) error {
 				o, err := p.inspect(cmd.Context(), ref)
-				if err != nil {
-					all = errors.Join(all, err)
-					continue
+				if err == nil {
+					list = append(list, o)
 				}
-				list = append(list, o)
-			}
+				return err
+			})
 			return errors.Join(a.json(list), all)
 		},
 	}
@@ -519,22 +524,9 @@ func (a *app) eachPod(use, short string, absentOK *bool, run func(ctx context.Co
 		if err != nil {
 			return err
 		}
-		var all error
-		for _, ref := range args {
-			x, err := p.find(cmd.Context(), ref)
-			if absentOK != nil && *absentOK && errdefs.IsNotFound(err) {
-				continue
-			}
-			if err == nil {
-				err = run(cmd.Context(), p, x)
-			}
-			if err != nil {
-				all = errors.Join(all, err)
-				continue
-			}
-			fmt.Fprintln(a.out, podTitle(x.GetMetadata()))
-		}
-		return all
+		ctx := cmd.Context()
+		return each(a, args, absentOK != nil && *absentOK, func(ref string) (*runtime.PodSandbox, error) { return p.find(ctx, ref) },
+			func(x *runtime.PodSandbox) error { return run(ctx, p, x) }, func(x *runtime.PodSandbox) string { return podTitle(x.GetMetadata()) })
 	}}
 }
 

@@ -41,15 +41,7 @@ func (a *app) podLogsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p, err := a.pods(cmd)
-			if err != nil {
-				return err
-			}
-			x, err := p.find(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			c, err := p.container(ctx, x, name)
+			p, x, c, err := a.chosen(cmd, args[0], name)
 			if err != nil {
 				return err
 			}
@@ -100,15 +92,7 @@ func (a *app) podExecCommand() *cobra.Command {
 			if err := a.needsTerminal(interactive, tty); err != nil {
 				return err
 			}
-			p, err := a.pods(cmd)
-			if err != nil {
-				return err
-			}
-			x, err := p.find(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			c, err := p.container(ctx, x, name)
+			p, x, c, err := a.chosen(cmd, args[0], name)
 			if err == nil {
 				err = mustRun("exec in", x, c)
 			}
@@ -141,15 +125,7 @@ func (a *app) podAttachCommand() *cobra.Command {
 		Long: "Connects this terminal with the first process of a container of a pod: shows what is printed from now on, and passes on what is typed\nif the container was made to be typed to. Returns the container's exit code. An interrupt ends this command, not the container,\nunless it has a terminal.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			p, err := a.pods(cmd)
-			if err != nil {
-				return err
-			}
-			x, err := p.find(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			c, err := p.container(ctx, x, name)
+			p, x, c, err := a.chosen(cmd, args[0], name)
 			if err == nil {
 				err = mustRun("attach to", x, c)
 			}

@@ -1,16 +1,13 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -30,15 +27,15 @@ type podStatsRow struct {
 }
 
 func (a *app) podStatsCommand() *cobra.Command {
-	var once, containers bool
-	var interval time.Duration
+	var containers bool
+	var flags watchFlags
 	cmd := &cobra.Command{
 		Use: "stats [POD...]", Short: "Show what pods use",
 		Long: "Shows CPU, memory, processes and network of the pods named, or of all that are ready. CPU is in percent of one CPU; memory is the working set.\nOn a terminal the table is renewed until it is interrupted.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			if interval < 100*time.Millisecond {
-				return fmt.Errorf("--interval %v: use 100ms or more", interval)
+			if err := flags.check(); err != nil {
+				return err
 			}
 			p, err := a.pods(cmd)
 			if err != nil {
@@ -55,40 +52,11 @@ func (a *app) podStatsCommand() *cobra.Command {
 				}
 				ids = append(ids, x.Id)
 			}
-			live := !once && a.format != "json" && term.IsTerminal(int(a.out.Fd()))
-			for drawn := 0; ; {
-				list, err := p.usage(ctx, ids, containers)
-				if err != nil {
-					if ctx.Err() != nil {
-						return stopOf(ctx)
-					}
-					return err
-				}
-				if !live {
-					if err := a.podStatsTable(a.out, list); err != nil || once || a.format != "json" && len(list) == 0 {
-						return err
-					}
-				} else {
-					var b bytes.Buffer
-					if err := a.podStatsTable(&b, list); err != nil {
-						return err
-					}
-					if drawn, err = a.redraw(b.String(), drawn); err != nil {
-						return err
-					}
-				}
-				select {
-				case <-ctx.Done():
-					return stopOf(ctx)
-				case <-time.After(interval):
-				}
-			}
+			return watch(ctx, a, flags, func() ([]podStatsRow, error) { return p.usage(ctx, ids, containers) }, a.podStatsTable)
 		},
 	}
-	f := cmd.Flags()
-	f.BoolVar(&once, "no-stream", false, "look once")
-	f.BoolVar(&containers, "containers", false, "show every container")
-	f.DurationVar(&interval, "interval", time.Second, "`time` between two looks")
+	flags.add(cmd)
+	cmd.Flags().BoolVar(&containers, "containers", false, "show every container")
 	return cmd
 }
 

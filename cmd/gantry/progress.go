@@ -29,7 +29,6 @@ type progress struct {
 	steps []*step
 	index map[string]*step
 	drawn int // lines on the screen
-	last  time.Time
 	stop  chan struct{}
 	wg    sync.WaitGroup
 }

@@ -152,6 +152,63 @@ func (a *app) views(ctx context.Context) ([]view.View, error) {
 	return out, nil
 }
 
+// listAll lists what is in the namespace of the flags, or in all.
+func listAll[T any](ctx context.Context, a *app, list func(v view.View) ([]T, error)) ([]T, error) {
+	vs, err := a.views(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var all []T
+	for _, v := range vs {
+		some, err := list(v)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, some...)
+	}
+	return all, nil
+}
+
+// inView makes of run what a command of one namespace does.
+func (a *app) inView(run func(ctx context.Context, v view.View, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		v, err := a.view(cmd.Context())
+		if err != nil {
+			return err
+		}
+		return run(cmd.Context(), v, args)
+	}
+}
+
+// every does something with every argument. One that fails does not keep the
+// others from their turn; the error is that of all.
+func every(args []string, do func(arg string) error) error {
+	var all error
+	for _, arg := range args {
+		all = errors.Join(all, do(arg))
+	}
+	return all
+}
+
+// each does something with every object that was named, and prints the titles
+// of those for which it succeeded. With absentOK, one that is not there is no
+// error.
+func each[T any](a *app, refs []string, absentOK bool, find func(ref string) (T, error), do func(T) error, title func(T) string) error {
+	return every(refs, func(ref string) error {
+		o, err := find(ref)
+		if absentOK && errdefs.IsNotFound(err) {
+			return nil
+		}
+		if err == nil {
+			err = do(o)
+		}
+		if err == nil {
+			fmt.Fprintln(a.out, title(o))
+		}
+		return err
+	})
+}
+
 // missing makes a "not found" say where the object is, if another namespace
 // has it. find looks for it in one namespace.
 func (a *app) missing(ctx context.Context, err error, find func(view.View) error) error {

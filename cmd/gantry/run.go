@@ -470,16 +470,7 @@ func (a *app) attached(ctx context.Context, v view.View, id container.ID, exec t
 	close(started)
 	stop := a.forward(always, v, id, exec, tty)
 	defer stop()
-	exit, err := v.Tasks().Wait(always, id, exec)
-	if err != nil {
-		return 0, err
-	}
-	drain, cancel := context.WithTimeout(always, drainTimeout)
-	defer cancel()
-	if err := stdio.Wait(drain); err != nil && !errors.Is(err, context.DeadlineExceeded) {
-		return 0, err
-	}
-	return exit.Status, nil
+	return drained(always, v, id, exec, stdio)
 }
 
 // fifoDir is where this program makes FIFOs: beside the daemon's socket, if it may.

@@ -26,15 +26,14 @@ type statsRow struct {
 }
 
 func (a *app) statsCommand() *cobra.Command {
-	var once bool
-	var interval time.Duration
+	var flags watchFlags
 	cmd := &cobra.Command{
 		Use: "stats [CONTAINER...]", Short: "Show what containers use", GroupID: "run",
 		Long: "Shows CPU, memory, processes and block I/O of the containers named, or of all that run. CPU is in percent of one CPU.\nOn a terminal the table is renewed until it is interrupted.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			if interval < 100*time.Millisecond {
-				return fmt.Errorf("--interval %v: use 100ms or more", interval)
+			if err := flags.check(); err != nil {
+				return err
 			}
 			vs, err := a.views(ctx)
 			if err != nil {
@@ -51,46 +50,79 @@ func (a *app) statsCommand() *cobra.Command {
 				}
 				ids = append(ids, c.ID)
 			}
-			live := !once && a.format != "json" && term.IsTerminal(int(a.out.Fd()))
 			before, err := usages(ctx, vs, ids)
 			if err != nil {
 				return err
 			}
-			pause := min(interval, 500*time.Millisecond) // the first look is wanted soon
-			for drawn := 0; ; {
-				select {
-				case <-ctx.Done():
-					return stopOf(ctx)
-				case <-time.After(pause):
-				}
+			select {
+			case <-ctx.Done():
+				return stopOf(ctx)
+			case <-time.After(min(flags.interval, 500*time.Millisecond)): // the first look is wanted soon
+			}
+			return watch(ctx, a, flags, func() ([]statsRow, error) {
 				now, err := usages(ctx, vs, ids)
 				if err != nil {
-					if ctx.Err() != nil {
-						return stopOf(ctx)
-					}
-					return err
+					return nil, err
 				}
 				list := compare(before, now)
-				if !live {
-					if err := a.statsTable(a.out, list); err != nil || once || a.format != "json" && len(list) == 0 {
-						return err
-					}
-				} else {
-					var b bytes.Buffer
-					if err := a.statsTable(&b, list); err != nil {
-						return err
-					}
-					if drawn, err = a.redraw(b.String(), drawn); err != nil {
-						return err
-					}
-				}
-				before, pause = now, interval
-			}
+				before = now
+				return list, nil
+			}, a.statsTable)
 		},
 	}
-	cmd.Flags().BoolVar(&once, "no-stream", false, "look once")
-	cmd.Flags().DurationVar(&interval, "interval", time.Second, "`time` between two looks")
+	flags.add(cmd)
 	return cmd
+}
+
+// watchFlags say how often something is looked at.
+type watchFlags struct {
+	once     bool
+	interval time.Duration
+}
+
+func (w *watchFlags) add(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&w.once, "no-stream", false, "look once")
+	cmd.Flags().DurationVar(&w.interval, "interval", time.Second, "`time` between two looks")
+}
+
+func (w *watchFlags) check() error {
+	if w.interval < 100*time.Millisecond {
+		return fmt.Errorf("--interval %v: use 100ms or more", w.interval)
+	}
+	return nil
+}
+
+// watch looks and shows what it sees until it is interrupted: on a terminal in
+// the place of what it has shown before. Elsewhere it ends with an empty list.
+func watch[T any](ctx context.Context, a *app, flags watchFlags, look func() ([]T, error), table func(io.Writer, []T) error) error {
+	live := !flags.once && a.format != "json" && term.IsTerminal(int(a.out.Fd()))
+	for drawn := 0; ; {
+		list, err := look()
+		if err != nil {
+			if ctx.Err() != nil {
+				return stopOf(ctx)
+			}
+			return err
+		}
+		if !live {
+			if err := table(a.out, list); err != nil || flags.once || a.format != "json" && len(list) == 0 {
+				return err
+			}
+		} else {
+			var b bytes.Buffer
+			if err := table(&b, list); err != nil {
+				return err
+			}
+			if drawn, err = a.redraw(b.String(), drawn); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return stopOf(ctx)
+		case <-time.After(flags.interval):
+		}
+	}
 }
 
 // redraw puts a text in the place of the one before, which had so many lines,
