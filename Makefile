@@ -20,7 +20,7 @@ demo: all ## the main job in one command: pull from a registry, run, clean up
 
 test: all ## install what the tests need and run them all
 	@scripts/deps test
-	go vet -tags '$(TAGS)' $(PACKAGES)
+	go vet -race -tags '$(TAGS)' $(PACKAGES)
 	scripts/test $(PACKAGES)
 
 vm: ## the CRI's suite in a virtual machine with cgroup v2 and AppArmor; GANTRY_VM=all runs all of it (hours)

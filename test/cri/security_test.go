@@ -40,13 +40,19 @@ func privilegedPod(c *runtime.PodSandboxConfig) { c.Linux.SecurityContext.Privil
 
 func int64Of(v int64) *runtime.Int64Value { return &runtime.Int64Value{Value: v} }
 
-// eachHandler runs a test with a pod of every handler.
+// eachHandler runs a test with a pod of every handler, side by side: most of it
+// is to wait. It returns when all have ended.
 func eachHandler(t *testing.T, f func(t *testing.T, p *critest.Pod), change ...func(*runtime.PodSandboxConfig)) {
 	t.Helper()
 	n := node(t)
-	for _, handler := range n.Handlers {
-		t.Run(handler, func(t *testing.T) { f(t, n.Pod(t, handler, change...)) })
-	}
+	t.Run("each", func(t *testing.T) {
+		for _, handler := range n.Handlers {
+			t.Run(handler, func(t *testing.T) {
+				t.Parallel()
+				f(t, n.Pod(t, handler, change...))
+			})
+		}
+	})
 }
 
 // eachCase runs cases one after another in one pod of every handler.

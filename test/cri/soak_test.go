@@ -77,9 +77,10 @@ func TestExecSoak(t *testing.T) {
 	critest.Eventually(t, "all that the commands started is gone", func() bool {
 		return len(inContainer(t, n, c)) == 1
 	})
-	if left, _ := filepath.Glob(n.Dir + "/state/io.containerd.grpc.v1.cri/*/" + c.ID + "_*"); len(left) > 0 {
-		t.Errorf("left are %v", left)
-	}
+	critest.Eventually(t, "their directories are gone", func() bool {
+		left, err := filepath.Glob(n.Dir + "/state/io.containerd.grpc.v1.cri/*/" + c.ID + "_*")
+		return err == nil && len(left) == 0
+	})
 	var now, nowOwn int
 	for deadline := time.Now().Add(critest.Slow(10 * time.Second)); ; time.Sleep(100 * time.Millisecond) {
 		// The rest is connections, which come and go.

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -95,6 +96,12 @@ const (
 	Subnet6 = "fd00:88::/64"
 )
 
+// The images of all nodes are made once.
+var (
+	madeBusybox = sync.OnceValues(testimage.NewBusybox)
+	madePause   = sync.OnceValues(testimage.NewPause)
+)
+
 // NewNode makes a node that is not started. Close ends it.
 func NewNode(bin, extra string) (*Node, error) {
 	d, err := daemontest.Prepare(filepath.Join(bin, "gantryd"), 4, "")
@@ -107,11 +114,11 @@ func NewNode(bin, extra string) (*Node, error) {
 	d.CRI = true
 	n := &Node{Daemon: d, Extra: extra, CNI: d.Dir + "/cni", Bridge: fmt.Sprintf("gt%08x", uint32(time.Now().UnixNano()))}
 	n.Registry = testimage.NewRegistry()
-	busybox, err := testimage.NewBusybox()
+	busybox, err := madeBusybox()
 	if err != nil {
 		return nil, err
 	}
-	pause, err := testimage.NewPause()
+	pause, err := madePause()
 	if err != nil {
 		return nil, err
 	}
@@ -208,7 +215,7 @@ func (n *Node) Start(env ...string) error {
 			return err
 		}
 		select {
-		case <-time.After(5 * time.Millisecond):
+		case <-time.After(Slow(5 * time.Millisecond)):
 			err = nil
 		case <-ctx.Done():
 		}
@@ -578,6 +585,6 @@ func Eventually(t testing.TB, what string, cond func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within %v", what, within)
 		}
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(Slow(20 * time.Millisecond))
 	}
 }
