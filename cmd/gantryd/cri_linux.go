@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -199,13 +201,9 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		return nil, err
 	}
 
-	driver := runtime.CgroupDriver_CGROUPFS
-	if _, rt, err := config.Handler(""); err == nil && rt.SystemdCgroup() {
-		driver = runtime.CgroupDriver_SYSTEMD
-	}
 	var opened atomic.Bool
 	c := &cri{tcp: !serverConfig.DisableTCPService, network: network, networks: config.CNI.ConfDir, server: criserver.New(criserver.Deps{Notifier: notifier, Pods: podService, Containers: containerService, Images: images, Execs: streams, Streams: server,
-		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: driver, Version: version, Metrics: d.metrics, Log: log,
+		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: cgroupDriver(config, "/run/systemd/system"), Version: version, Metrics: d.metrics, Log: log,
 		Features: func(ctx context.Context, _ string, rt cristate.Runtime) criserver.Features {
 			return look.features(ctx, rt)
 		},
@@ -279,6 +277,27 @@ func checkRuntimes(c cristate.RuntimeConfig) error {
 		}
 	}
 	return nil
+}
+
+// cgroupDriver is that of the default handler, or of the first other one that
+// tells: a runc with options, or the built-in one, whose are the defaults. Else
+// it is systemd's where that runs, which the directory is a sign of (contract 7.1.3).
+func cgroupDriver(c cristate.RuntimeConfig, sign string) runtime.CgroupDriver {
+	all := c.Containerd.Runtimes
+	for _, name := range append([]string{c.Containerd.DefaultRuntimeName}, slices.Sorted(maps.Keys(all))...) {
+		rt := all[name]
+		switch {
+		case !rt.Runc() || rt.Options == nil && name != "runc":
+		case rt.SystemdCgroup():
+			return runtime.CgroupDriver_SYSTEMD
+		default:
+			return runtime.CgroupDriver_CGROUPFS
+		}
+	}
+	if info, err := os.Lstat(sign); err == nil && info.IsDir() {
+		return runtime.CgroupDriver_SYSTEMD
+	}
+	return runtime.CgroupDriver_CGROUPFS
 }
 
 // baseSpecs reads the specifications that handlers begin with.

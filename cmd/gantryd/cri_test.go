@@ -3,7 +3,49 @@ package main
 import (
 	"strings"
 	"testing"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 )
+
+// The kubelet uses the cgroup driver that it is told: the default handler's if
+// that says one, else that of the next, else systemd's where it runs.
+//
+// contract: 7.1.3
+func TestCgroupDriver(t *testing.T) {
+	const runc, systemd, cgroupfs = "io.containerd.runc.v2", runtime.CgroupDriver_SYSTEMD, runtime.CgroupDriver_CGROUPFS
+	with := func(on bool) cristate.Runtime {
+		return cristate.Runtime{Type: runc, Options: map[string]any{"SystemdCgroup": on}}
+	}
+	kata, mute := cristate.Runtime{Type: "io.containerd.kata.v2", Options: map[string]any{"SystemdCgroup": true}}, cristate.Runtime{Type: runc}
+	for name, tt := range map[string]struct {
+		all      map[string]cristate.Runtime
+		standard string
+		with     runtime.CgroupDriver // where systemd runs
+		without  runtime.CgroupDriver
+	}{
+		"built in":         {nil, "runc", cgroupfs, cgroupfs},
+		"systemd":          {map[string]cristate.Runtime{"runc": with(true)}, "runc", systemd, systemd},
+		"default first":    {map[string]cristate.Runtime{"a": with(true), "runc": with(false)}, "runc", cgroupfs, cgroupfs},
+		"default is mute":  {map[string]cristate.Runtime{"crun": mute, "runc": with(true)}, "crun", systemd, systemd},
+		"next by name":     {map[string]cristate.Runtime{"z": mute, "b": with(true), "runc": with(false)}, "z", systemd, systemd},
+		"others' options":  {map[string]cristate.Runtime{"kata": kata, "runc": with(false)}, "kata", cgroupfs, cgroupfs},
+		"nobody says any":  {map[string]cristate.Runtime{"kata": kata, "crun": mute}, "kata", systemd, cgroupfs},
+		"only with binary": {map[string]cristate.Runtime{"crun": {Type: runc, Options: map[string]any{"BinaryName": "crun"}}}, "crun", cgroupfs, cgroupfs},
+	} {
+		c := cristate.DefaultRuntimeConfig()
+		if c.Containerd.DefaultRuntimeName = tt.standard; tt.all != nil {
+			c.Containerd.Runtimes = tt.all
+		}
+		if got := cgroupDriver(c, t.TempDir()); got != tt.with {
+			t.Errorf("%s, with systemd: %s", name, got)
+		}
+		if got := cgroupDriver(c, "/no/such/directory"); got != tt.without {
+			t.Errorf("%s, without systemd: %s", name, got)
+		}
+	}
+}
 
 // What is wrong with Kubernetes' part does not end the daemon, unless somebody
 // requires it.

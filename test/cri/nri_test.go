@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/test/critest"
@@ -254,7 +256,22 @@ func TestNRIRequired(t *testing.T) {
 		return nil
 	})
 	refused("asleep")
+	// Who does not wait so long learns what for, and the next try is not in its way.
+	config := pod.ContainerConfig("true")
+	hasty, cancel := context.WithTimeout(critest.Context(t), 1500*time.Millisecond)
+	defer cancel()
+	_, err := n.RT.CreateContainer(hasty, &runtime.CreateContainerRequest{PodSandboxId: pod.ID, Config: config, SandboxConfig: pod.Config})
+	if status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "ask the NRI plugins") {
+		t.Errorf("a creation that did not wait: %v", err)
+	}
 	guard.set(nil)
+	critest.Eventually(t, "the next try", func() bool {
+		_, err = n.RT.CreateContainer(critest.Context(t), &runtime.CreateContainerRequest{PodSandboxId: pod.ID, Config: config, SandboxConfig: pod.Config})
+		return err == nil || !strings.Contains(err.Error(), "guard") // it may join the one under way
+	})
+	if err != nil {
+		t.Error(err)
+	}
 	pod.Create("true")
 	guard.Stop()
 	critest.Eventually(t, "the plugin's end is noticed", func() bool { return strings.Contains(n.Log(64<<10), "NRI plugin has gone") })
@@ -281,7 +298,11 @@ func TestNRISick(t *testing.T) {
 	if took := time.Since(begin); took > critest.Slow(10*time.Second) {
 		t.Errorf("a pod with a sleeping plugin took %s", took)
 	}
+	begin = time.Now()
 	c := pod.Run("sleep 1000")
+	if took := time.Since(begin); took > critest.Slow(10*time.Second) {
+		t.Errorf("a container with a sleeping plugin took %s", took)
+	}
 	for range 3 {
 		begin := time.Now()
 		n.Pod(t, "pauseless", critest.HostNetwork)

@@ -341,9 +341,9 @@ func TestPodMetrics(t *testing.T) {
 }
 
 // What every pod needs is tried all the time, and what fails is named: to the
-// kubelet and over HTTP.
+// kubelet and over HTTP, where the metrics are too.
 //
-// contract: 7.1.2
+// contract: 7.1.2, 7.2.7, 9.1.8
 // promise: P34
 func TestReadiness(t *testing.T) {
 	t.Parallel() // it mostly waits
@@ -365,16 +365,17 @@ func TestReadiness(t *testing.T) {
 		}
 	}
 	n := critest.Run(t, bin, fmt.Sprintf("[plugins.'io.containerd.server.v1.metrics']\naddress = %q\n", address))
-	readyz := func() (int, string) {
+	get := func(path string) (int, string) {
 		c := http.Client{Timeout: critest.Slow(10 * time.Second)}
-		r, err := c.Get("http://" + address + "/readyz")
+		r, err := c.Get("http://" + address + path)
 		if err != nil {
 			return 0, err.Error()
 		}
 		defer r.Body.Close()
-		b, _ := io.ReadAll(io.LimitReader(r.Body, 1<<16))
+		b, _ := io.ReadAll(io.LimitReader(r.Body, 1<<20))
 		return r.StatusCode, string(b)
 	}
+	readyz := func() (int, string) { return get("/readyz") }
 	var code int
 	var text string
 	critest.Eventually(t, "readiness", func() bool { code, text = readyz(); return code == http.StatusOK })
@@ -412,6 +413,9 @@ func TestReadiness(t *testing.T) {
 		code, text = readyz()
 		return code == http.StatusServiceUnavailable && !strings.Contains(text, "shim: ok") && !strings.Contains(text, "snapshotter overlayfs: ok") && !strings.Contains(text, "network: ok")
 	})
+	if _, metrics := get("/v1/metrics"); !strings.Contains(metrics, `gantry_ready{part="shim"} 0`) || !strings.Contains(metrics, `gantry_ready{part="store"} 1`) {
+		t.Errorf("the metrics do not tell what fails: %s", metrics)
+	}
 	for _, want := range []string{"store: ok", "read-only file system", "containerd-shim-runc-v2", "10-test.conflist"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in %q", want, text)
@@ -436,7 +440,32 @@ func TestReadiness(t *testing.T) {
 	if a, b := condition(0), condition(1); !a.Status || !b.Status || a.Message != "" {
 		t.Errorf("%v %v", a, b)
 	}
-	if out := n.Pod(t, "runc", critest.HostNetwork).Output("echo works"); out != "works\n" {
+	pod := n.Pod(t, "runc")
+	if out := pod.Output("echo works"); out != "works\n" {
 		t.Errorf("%q", out)
+	}
+	pod.Remove()
+	if _, err := n.RT.ListContainers(critest.Context(t), &runtime.ListContainersRequest{}); err != nil {
+		t.Error(err)
+	}
+	_, metrics := get("/v1/metrics")
+	for _, name := range []string{"sandbox_list", "stream_sandbox_list", "container_list", "stream_container_list", "sandbox_create_network", "sandbox_delete_network"} {
+		if !strings.Contains(metrics, "\ncontainerd_cri_"+name+"_seconds_count ") {
+			t.Errorf("no timer %s", name)
+		}
+	}
+	for _, name := range []string{"sandbox_runtime_create", "sandbox_runtime_stop", "sandbox_remove", "container_create", "container_start"} {
+		if !strings.Contains(metrics, "\ncontainerd_cri_"+name+"_seconds_count{runtime=\"io.containerd.runc.v2\"} ") {
+			t.Errorf("no timer %s", name)
+		}
+	}
+	for _, line := range []string{`network_plugin_operations_total_total{operation_type="set_up_pod"} 1`, `network_plugin_operations_duration_seconds_seconds_count{operation_type="tear_down_pod"} 1`,
+		"container_events_dropped_total 0", `sandboxed_image_pulls_total{status="success"} `, "sandboxed_in_progress_image_pulls_total 0", "sandboxed_image_pulling_throughput_mibps_count "} {
+		if !strings.Contains(metrics, "\ncontainerd_cri_"+line) {
+			t.Errorf("no %s", line)
+		}
+	}
+	if t.Failed() {
+		t.Log(metrics)
 	}
 }

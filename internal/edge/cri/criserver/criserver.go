@@ -222,7 +222,7 @@ func (s *Server) Status(ctx context.Context, r *runtime.StatusRequest) (*runtime
 		if name != "default" {
 			suffix = "." + name
 		}
-		resp.Info["cniconfig"+suffix], resp.Info["lastCNILoadStatus"+suffix] = asJSON(info.Config), info.LoadStatus
+		resp.Info["cniconfig"+suffix], resp.Info["lastCNILoadStatus"+suffix], resp.Info["lastCNILoadStatus."+name] = asJSON(info.Config), info.LoadStatus, info.LoadStatus
 	}
 	return resp, nil
 }

@@ -335,7 +335,7 @@ func TestStatus(t *testing.T) {
 		}
 	}
 	st, err := h.rt.Status(h.ctx, &runtime.StatusRequest{Verbose: true})
-	if err != nil || st.Info["lastCNILoadStatus"] != "OK" || st.Info["lastCNILoadStatus.crun"] != "bad" || st.Info["config"] != `{"x":1}` || !json.Valid([]byte(st.Info["golang"])) || st.Info["cniconfig"] == "" {
+	if err != nil || st.Info["lastCNILoadStatus"] != "OK" || st.Info["lastCNILoadStatus.default"] != "OK" || st.Info["lastCNILoadStatus.crun"] != "bad" || st.Info["config"] != `{"x":1}` || !json.Valid([]byte(st.Info["golang"])) || st.Info["cniconfig"] == "" {
 		t.Errorf("%v %v", st, err)
 	}
 	if len(st.RuntimeHandlers) != 2 || st.RuntimeHandlers[0].Name != "" || !st.RuntimeHandlers[0].Features.RecursiveReadOnlyMounts || st.RuntimeHandlers[1].Name != "runc" {

@@ -126,6 +126,9 @@ func (r Runtime) SystemdCgroup() bool {
 	return ok && on
 }
 
+// Runc says that the runtime has runc's options.
+func (r Runtime) Runc() bool { return r.Type == runcType }
+
 // VM says that the runtime puts pods into virtual machines, whose processes
 // have an SELinux type of their own (contract 10.7).
 func (r Runtime) VM() bool { return strings.HasPrefix(r.Type, "io.containerd.kata.") }
