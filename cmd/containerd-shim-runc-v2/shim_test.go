@@ -716,6 +716,29 @@ func TestCheckpointWithoutCriu(t *testing.T) {
 	})
 }
 
+// What waits for a container that could not be restored ends with it, and so
+// does the shim.
+// contract: 5.3.4, 5.3.8
+func TestRestoreWithoutCriu(t *testing.T) {
+	drivers(t, func(t *testing.T, d *daemon, opts *options.Options) {
+		k := d.newTask("c1", "sleep", "100").with(opts).start()
+		var made taskapi.CreateTaskResponse
+		k.must("Create", &taskapi.CreateTaskRequest{ID: k.id, Bundle: k.bundle, Rootfs: k.rootfs(), Options: any(t, k.opts), Checkpoint: t.TempDir()}, &made)
+		waited := make(chan error, 1)
+		go func() { waited <- k.call("Wait", &taskapi.WaitRequest{ID: k.id}, &taskapi.WaitResponse{}) }()
+		if err := k.call("Start", &taskapi.StartRequest{ID: k.id}, &taskapi.StartResponse{}); err == nil || made.Pid != 0 {
+			t.Errorf("process %d was restored from nothing: %v", made.Pid, err)
+		}
+		if del := k.delete(""); del.ExitStatus != 255 {
+			t.Errorf("%v", del)
+		}
+		if err := <-waited; err != nil && !errdefs.IsNotFound(err) {
+			t.Error(err)
+		}
+		k.finish()
+	})
+}
+
 // A container that was never started can be deleted, and one can be killed
 // before its start.
 // contract: 5.3.4

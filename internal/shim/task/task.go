@@ -747,7 +747,9 @@ func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (_ *task
 	}
 	delete(s.containers, c.id)
 	if p.exit.At.IsZero() {
-		p.exit.At = time.Now().UTC() // a checkpoint that was never restored
+		// A checkpoint that was never restored; whoever waits for it is told now.
+		p.status, p.exit = tasktypes.Status_STOPPED, reaper.Exit{Status: 255, At: time.Now().UTC()}
+		close(p.done)
 	}
 	s.Events.Publish("/tasks/delete", &events.TaskDelete{
 		ContainerID: c.id, Pid: uint32(p.pid), ExitStatus: p.exit.Status, ExitedAt: timestamppb.New(p.exit.At),
