@@ -21,10 +21,7 @@ func (s *Server) CheckpointPod(ctx context.Context, r *runtime.CheckpointPodRequ
 	if err := noOptions(r.GetOptions()); err != nil {
 		return nil, err
 	}
-	if err := s.d.Pods.Checkpoint(ctx, r.GetPodSandboxId(), r.GetOutputPath(), r.GetContainerIds()); err != nil {
-		return nil, err
-	}
-	return &runtime.CheckpointPodResponse{}, nil
+	return &runtime.CheckpointPodResponse{}, s.d.Pods.Checkpoint(ctx, r.GetPodSandboxId(), r.GetOutputPath(), r.GetContainerIds())
 }
 
 // RestorePod makes a pod and its containers of such a state.
@@ -44,8 +41,5 @@ func (s *Server) RestorePod(ctx context.Context, r *runtime.RestorePodRequest) (
 		}
 	}
 	id, all, err := s.d.Pods.Restore(ctx, r.GetCheckpointPath(), r.Config, r.GetRuntimeHandler(), r.ContainerConfigs)
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.RestorePodResponse{PodSandboxId: id, RestoredContainers: all}, nil
+	return &runtime.RestorePodResponse{PodSandboxId: id, RestoredContainers: all}, err
 }

@@ -256,12 +256,11 @@ func (s *Server) RuntimeConfig(context.Context, *runtime.RuntimeConfigRequest) (
 
 // UpdateRuntimeConfig takes the node's pod network (contract 7.1.4).
 func (s *Server) UpdateRuntimeConfig(ctx context.Context, r *runtime.UpdateRuntimeConfigRequest) (*runtime.UpdateRuntimeConfigResponse, error) {
-	if cidr := r.GetRuntimeConfig().GetNetworkConfig().GetPodCidr(); cidr != "" {
-		if err := s.d.Network.UpdatePodCIDR(ctx, cidr); err != nil {
-			return nil, err
-		}
+	cidr := r.GetRuntimeConfig().GetNetworkConfig().GetPodCidr()
+	if cidr == "" {
+		return &runtime.UpdateRuntimeConfigResponse{}, nil
 	}
-	return &runtime.UpdateRuntimeConfigResponse{}, nil
+	return &runtime.UpdateRuntimeConfigResponse{}, s.d.Network.UpdatePodCIDR(ctx, cidr)
 }
 
 // RunPodSandbox makes a pod (contract 7.1.5).
@@ -270,55 +269,50 @@ func (s *Server) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequ
 		return nil, err
 	}
 	id, err := s.d.Pods.Run(ctx, r.Config, r.GetRuntimeHandler())
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.RunPodSandboxResponse{PodSandboxId: id}, nil
+	return &runtime.RunPodSandboxResponse{PodSandboxId: id}, err
 }
 
 // StopPodSandbox ends a pod; an unknown one is no error (contract 13.26).
 func (s *Server) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
-	if err := s.forPod(r.GetPodSandboxId(), func(id string) error { return s.d.Pods.Stop(ctx, id) }); err != nil {
-		return nil, err
-	}
-	return &runtime.StopPodSandboxResponse{}, nil
+	return &runtime.StopPodSandboxResponse{}, ifKnown(s.pods, r.GetPodSandboxId(), func(p *cristate.Pod) error { return s.d.Pods.Stop(ctx, p.ID()) })
 }
 
 // RemovePodSandbox removes a pod; an unknown one is no error.
 func (s *Server) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
 	begin := time.Now()
-	if err := s.forPod(r.GetPodSandboxId(), func(id string) error {
-		kind := s.runtimeOf(id) // while it is there
-		return s.timers.done("sandbox_remove", begin, s.d.Pods.Remove(ctx, id), kind)
-	}); err != nil {
-		return nil, err
-	}
-	return &runtime.RemovePodSandboxResponse{}, nil
+	return &runtime.RemovePodSandboxResponse{}, ifKnown(s.pods, r.GetPodSandboxId(), func(p *cristate.Pod) error {
+		kind := s.runtimeOf(p.ID()) // while it is there
+		return s.timers.done("sandbox_remove", begin, s.d.Pods.Remove(ctx, p.ID()), kind)
+	})
 }
 
-// forPod calls fn for a pod that is known; one that is not is done.
-func (s *Server) forPod(id string, fn func(string) error) error {
-	p, err := s.pods.Get(id)
+type index[T any] interface{ Get(id string) (T, error) }
+
+// on calls fn for the pod or container with an id or the beginning of one.
+func on[T any](all index[T], id string, fn func(T) error) error {
+	x, err := all.Get(id)
+	if err != nil {
+		return err
+	}
+	return fn(x)
+}
+
+// ifKnown is on for what is done already where there is nothing.
+func ifKnown[T any](all index[T], id string, fn func(T) error) error {
+	x, err := all.Get(id)
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	return fn(p.ID())
+	return fn(x)
 }
 
-func (s *Server) forContainer(name, id string, fn func(string) error) error {
-	begin := time.Now()
-	c, err := s.all.Get(id)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	kind := s.runtimeOf(c.Meta().SandboxID) // while it is there
-	return s.timers.done(name, begin, fn(c.ID()), kind)
+// timed does something with a container, which may be its end.
+func (s *Server) timed(name string, c *cristate.Container, do func(id string) error) error {
+	begin, kind := time.Now(), s.runtimeOf(c.Meta().SandboxID) // while it is there
+	return s.timers.done(name, begin, do(c.ID()), kind)
 }
 
 // PodSandboxStatus tells all about a pod (contract 7.1.8).
@@ -338,14 +332,9 @@ func (s *Server) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStat
 
 // UpdatePodSandboxResources changes what a pod may use (contract 7.1.10).
 func (s *Server) UpdatePodSandboxResources(ctx context.Context, r *runtime.UpdatePodSandboxResourcesRequest) (*runtime.UpdatePodSandboxResourcesResponse, error) {
-	p, err := s.pods.Get(r.GetPodSandboxId())
-	if err != nil {
-		return nil, err
-	}
-	if err := s.d.Pods.UpdateResources(ctx, p.ID(), r.GetOverhead(), r.GetResources()); err != nil {
-		return nil, err
-	}
-	return &runtime.UpdatePodSandboxResourcesResponse{}, nil
+	return &runtime.UpdatePodSandboxResourcesResponse{}, on(s.pods, r.GetPodSandboxId(), func(p *cristate.Pod) error {
+		return s.d.Pods.UpdateResources(ctx, p.ID(), r.GetOverhead(), r.GetResources())
+	})
 }
 
 // CreateContainer makes a container in a pod (contract 7.1.11).
@@ -359,23 +348,14 @@ func (s *Server) CreateContainer(ctx context.Context, r *runtime.CreateContainer
 	}
 	begin := time.Now()
 	id, err := s.d.Containers.Create(ctx, p.ID(), r.Config, r.GetSandboxConfig())
-	if s.timers.done("container_create", begin, err, s.runtimeOf(p.ID())) != nil {
-		return nil, err
-	}
-	return &runtime.CreateContainerResponse{ContainerId: id}, nil
+	return &runtime.CreateContainerResponse{ContainerId: id}, s.timers.done("container_create", begin, err, s.runtimeOf(p.ID()))
 }
 
 // StartContainer starts it (contract 7.1.12).
 func (s *Server) StartContainer(ctx context.Context, r *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error) {
-	c, err := s.all.Get(r.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	begin := time.Now()
-	if err := s.timers.done("container_start", begin, s.d.Containers.Start(ctx, c.ID()), s.runtimeOf(c.Meta().SandboxID)); err != nil {
-		return nil, err
-	}
-	return &runtime.StartContainerResponse{}, nil
+	return &runtime.StartContainerResponse{}, on(s.all, r.GetContainerId(), func(c *cristate.Container) error {
+		return s.timed("container_start", c, func(id string) error { return s.d.Containers.Start(ctx, id) })
+	})
 }
 
 // maxGrace bounds what a client may ask for: a longer one is as good as for ever.
@@ -384,18 +364,16 @@ const maxGrace = 365 * 24 * time.Hour
 // StopContainer ends it; an unknown one is no error (contract 7.1.13).
 func (s *Server) StopContainer(ctx context.Context, r *runtime.StopContainerRequest) (*runtime.StopContainerResponse, error) {
 	grace := time.Duration(min(max(r.GetTimeout(), 0), int64(maxGrace/time.Second))) * time.Second
-	if err := s.forContainer("container_stop", r.GetContainerId(), func(id string) error { return s.d.Containers.Stop(ctx, id, grace) }); err != nil {
-		return nil, err
-	}
-	return &runtime.StopContainerResponse{}, nil
+	return &runtime.StopContainerResponse{}, ifKnown(s.all, r.GetContainerId(), func(c *cristate.Container) error {
+		return s.timed("container_stop", c, func(id string) error { return s.d.Containers.Stop(ctx, id, grace) })
+	})
 }
 
 // RemoveContainer removes it; an unknown one is no error (contract 7.1.14).
 func (s *Server) RemoveContainer(ctx context.Context, r *runtime.RemoveContainerRequest) (*runtime.RemoveContainerResponse, error) {
-	if err := s.forContainer("container_remove", r.GetContainerId(), func(id string) error { return s.d.Containers.Remove(ctx, id) }); err != nil {
-		return nil, err
-	}
-	return &runtime.RemoveContainerResponse{}, nil
+	return &runtime.RemoveContainerResponse{}, ifKnown(s.all, r.GetContainerId(), func(c *cristate.Container) error {
+		return s.timed("container_remove", c, func(id string) error { return s.d.Containers.Remove(ctx, id) })
+	})
 }
 
 // ContainerStatus tells all about a container (contract 7.1.15).
@@ -415,46 +393,29 @@ func (s *Server) ContainerStatus(ctx context.Context, r *runtime.ContainerStatus
 
 // UpdateContainerResources changes limits (contract 7.1.16).
 func (s *Server) UpdateContainerResources(ctx context.Context, r *runtime.UpdateContainerResourcesRequest) (*runtime.UpdateContainerResourcesResponse, error) {
-	c, err := s.all.Get(r.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	if r.GetLinux() == nil {
-		return nil, missing("linux")
-	}
-	if err := s.d.Containers.UpdateResources(ctx, c.ID(), r.Linux, r.GetAnnotations()); err != nil {
-		return nil, err
-	}
-	return &runtime.UpdateContainerResourcesResponse{}, nil
+	return &runtime.UpdateContainerResourcesResponse{}, on(s.all, r.GetContainerId(), func(c *cristate.Container) error {
+		if r.GetLinux() == nil {
+			return missing("linux")
+		}
+		return s.d.Containers.UpdateResources(ctx, c.ID(), r.Linux, r.GetAnnotations())
+	})
 }
 
 // ReopenContainerLog goes on in a new file (contract 7.1.17).
 func (s *Server) ReopenContainerLog(ctx context.Context, r *runtime.ReopenContainerLogRequest) (*runtime.ReopenContainerLogResponse, error) {
-	c, err := s.all.Get(r.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	if err := s.d.Containers.ReopenLog(ctx, c.ID()); err != nil {
-		return nil, err
-	}
-	return &runtime.ReopenContainerLogResponse{}, nil
+	return &runtime.ReopenContainerLogResponse{}, on(s.all, r.GetContainerId(), func(c *cristate.Container) error { return s.d.Containers.ReopenLog(ctx, c.ID()) })
 }
 
 // CheckpointContainer writes a container's state (contract 7.1.23).
 func (s *Server) CheckpointContainer(ctx context.Context, r *runtime.CheckpointContainerRequest) (*runtime.CheckpointContainerResponse, error) {
-	c, err := s.all.Get(r.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	if r.GetLocation() == "" {
-		return nil, missing("location")
-	}
-	begin := time.Now()
-	err = s.d.Containers.Checkpoint(ctx, c.ID(), r.Location, time.Duration(max(r.GetTimeout(), 0))*time.Second)
-	if s.timers.done("container_checkpoint", begin, err, s.runtimeOf(c.Meta().SandboxID)) != nil {
-		return nil, err
-	}
-	return &runtime.CheckpointContainerResponse{}, nil
+	return &runtime.CheckpointContainerResponse{}, on(s.all, r.GetContainerId(), func(c *cristate.Container) error {
+		if r.GetLocation() == "" {
+			return missing("location")
+		}
+		return s.timed("container_checkpoint", c, func(id string) error {
+			return s.d.Containers.Checkpoint(ctx, id, r.Location, time.Duration(max(r.GetTimeout(), 0))*time.Second)
+		})
+	})
 }
 
 // ExecSync runs a command to its end (contract 7.1.18).

@@ -161,19 +161,13 @@ func (s *Server) ContainerStats(ctx context.Context, r *runtime.ContainerStatsRe
 		return nil, err
 	}
 	st, err := s.d.Stats.ContainerStats(ctx, c.ID())
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.ContainerStatsResponse{Stats: st}, nil
+	return &runtime.ContainerStatsResponse{Stats: st}, err
 }
 
 // ListContainerStats measures containers.
 func (s *Server) ListContainerStats(ctx context.Context, r *runtime.ListContainerStatsRequest) (*runtime.ListContainerStatsResponse, error) {
 	all, err := s.d.Stats.ListContainerStats(ctx, r.GetFilter())
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.ListContainerStatsResponse{Stats: fit(s, "container stats", all)}, nil
+	return &runtime.ListContainerStatsResponse{Stats: fit(s, "container stats", all)}, err
 }
 
 // StreamContainerStats measures containers of any number.
@@ -194,19 +188,13 @@ func (s *Server) PodSandboxStats(ctx context.Context, r *runtime.PodSandboxStats
 		return nil, err
 	}
 	st, err := s.d.Stats.PodSandboxStats(ctx, p.ID())
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.PodSandboxStatsResponse{Stats: st}, nil
+	return &runtime.PodSandboxStatsResponse{Stats: st}, err
 }
 
 // ListPodSandboxStats measures pods.
 func (s *Server) ListPodSandboxStats(ctx context.Context, r *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
 	all, err := s.d.Stats.ListPodSandboxStats(ctx, r.GetFilter())
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.ListPodSandboxStatsResponse{Stats: fit(s, "pod sandbox stats", all)}, nil
+	return &runtime.ListPodSandboxStatsResponse{Stats: fit(s, "pod sandbox stats", all)}, err
 }
 
 // StreamPodSandboxStats measures pods of any number.
@@ -228,10 +216,7 @@ func (s *Server) ListMetricDescriptors(context.Context, *runtime.ListMetricDescr
 // ListPodSandboxMetrics gives the metrics of all pods.
 func (s *Server) ListPodSandboxMetrics(ctx context.Context, _ *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
 	all, err := s.d.Stats.PodSandboxMetrics(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.ListPodSandboxMetricsResponse{PodMetrics: fit(s, "pod sandbox metrics", all)}, nil
+	return &runtime.ListPodSandboxMetricsResponse{PodMetrics: fit(s, "pod sandbox metrics", all)}, err
 }
 
 // StreamPodSandboxMetrics gives the metrics of pods of any number.
