@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/streaming/pkg/httpstream"
+	"k8s.io/streaming/pkg/httpstream/spdy"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 )
@@ -154,37 +155,52 @@ func TestPortForward(t *testing.T) {
 		}
 		return data, errs
 	}
-	t.Run("SPDY", func(t *testing.T) {
-		for _, p := range []struct {
-			pod  string
-			port int32
-			want string
-		}{{"pod", ports[0], "127.0.0.1:%d: hello"}, {"pod", ports[1], "[::1]:%d: hello"}, {"host", hostPort, "the host"}, {"pod", hostPort, ""}, {"gone", 1, ""}} {
-			got, err := r.srv.PortForward(t.Context(), &cri.PortForwardRequest{PodSandboxId: p.pod})
+	for name, dial := range map[string]func(string) (httpstream.Connection, error){
+		"SPDY": func(url string) (httpstream.Connection, error) {
+			conn, _, err := dialSPDY(url, "portforward.k8s.io")
+			return conn, err
+		},
+		"SPDY over WebSocket": func(url string) (httpstream.Connection, error) { // what crictl and kubectl do
+			ws, err := dialWebSocket(url, "SPDY/3.1+portforward.k8s.io")
 			if err != nil {
-				t.Fatal(err)
+				return nil, err
 			}
-			conn, _, err := dialSPDY(got.Url, "portforward.k8s.io")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			for id := range 3 { // several of them over one connection
-				data, errs := spdyPair(conn, id, p.port)
-				io.WriteString(data, "hello")
-				data.Close()
-				b, _ := io.ReadAll(io.LimitReader(data, 1000))
-				e, _ := io.ReadAll(io.LimitReader(errs, 1000))
-				want := p.want
-				if strings.Contains(want, "%d") {
-					want = fmt.Sprintf(want, p.port)
+			ws.PayloadType = websocket.BinaryFrame
+			return spdy.NewClientConnection(ws)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, p := range []struct {
+				pod  string
+				port int32
+				want string
+			}{{"pod", ports[0], "127.0.0.1:%d: hello"}, {"pod", ports[1], "[::1]:%d: hello"}, {"host", hostPort, "the host"}, {"pod", hostPort, ""}, {"gone", 1, ""}} {
+				got, err := r.srv.PortForward(t.Context(), &cri.PortForwardRequest{PodSandboxId: p.pod})
+				if err != nil {
+					t.Fatal(err)
 				}
-				if string(b) != want || (len(e) > 0) != (want == "") {
-					t.Errorf("%v: %q, errors %q", p, b, e)
+				conn, err := dial(got.Url)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				for id := range 3 { // several of them over one connection
+					data, errs := spdyPair(conn, id, p.port)
+					io.WriteString(data, "hello")
+					data.Close()
+					b, _ := io.ReadAll(io.LimitReader(data, 1000))
+					e, _ := io.ReadAll(io.LimitReader(errs, 1000))
+					want := p.want
+					if strings.Contains(want, "%d") {
+						want = fmt.Sprintf(want, p.port)
+					}
+					if string(b) != want || (len(e) > 0) != (want == "") {
+						t.Errorf("%v: %q, errors %q", p, b, e)
+					}
 				}
 			}
-		}
-	})
+		})
+	}
 	t.Run("WebSocket", func(t *testing.T) {
 		got, err := r.srv.PortForward(t.Context(), &cri.PortForwardRequest{PodSandboxId: "host", Port: []int32{hostPort, 1}})
 		if err != nil {

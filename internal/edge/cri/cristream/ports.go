@@ -9,10 +9,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
 
+	"golang.org/x/net/websocket"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/streaming/pkg/httpstream"
@@ -26,11 +28,34 @@ const pairsMax = 1000
 
 // forward serves connections to a pod's ports.
 func (x *Server) forward(w http.ResponseWriter, r *http.Request, q *runtime.PortForwardRequest) {
-	if wsstream.IsWebSocketRequest(r) {
+	switch {
+	case wsstream.IsWebSocketRequestWithTunnelingProtocol(r):
+		websocket.Server{Handshake: func(c *websocket.Config, _ *http.Request) error {
+			if !slices.Contains(c.Protocol, portforward.WebsocketsSPDYTunnelingPortForwardV1) {
+				return websocket.ErrBadWebSocketProtocol
+			}
+			c.Protocol = []string{portforward.WebsocketsSPDYTunnelingPortForwardV1}
+			return nil
+		}, Handler: func(ws *websocket.Conn) {
+			ws.PayloadType = websocket.BinaryFrame
+			x.forwardSPDY(r.Context(), q.GetPodSandboxId(), func(created httpstream.NewStreamHandler) httpstream.Connection {
+				conn, err := spdy.NewServerConnection(ws, created)
+				if err != nil {
+					x.s.d.Log.Debug("no SPDY over a WebSocket", "path", "/portforward", "error", err)
+				}
+				return conn
+			})
+		}}.ServeHTTP(w, r)
+	case wsstream.IsWebSocketRequest(r):
 		x.forwardWebSocket(w, r, q)
-		return
+	default:
+		if _, err := httpstream.Handshake(r, w, portforward.SupportedProtocols); err != nil {
+			return // the client was told
+		}
+		x.forwardSPDY(r.Context(), q.GetPodSandboxId(), func(created httpstream.NewStreamHandler) httpstream.Connection {
+			return spdy.NewResponseUpgrader().UpgradeResponse(w, r, created)
+		})
 	}
-	x.forwardSPDY(w, r, q.GetPodSandboxId())
 }
 
 // forwardWebSocket has two channels for each port of the request, for data and
@@ -85,12 +110,10 @@ type halves struct{ httpstream.Stream }
 func (h halves) CloseWrite() error { return h.Stream.Close() }
 func (h halves) Close() error      { return h.Stream.Reset() }
 
-// forwardSPDY serves pairs of streams for as long as the client is there.
-func (x *Server) forwardSPDY(w http.ResponseWriter, r *http.Request, pod string) {
-	if _, err := httpstream.Handshake(r, w, portforward.SupportedProtocols); err != nil {
-		return // the client was told
-	}
-	ctx, cancel := context.WithCancel(r.Context())
+// forwardSPDY serves pairs of streams of the connection that upgrade makes, or
+// nil, for as long as the client is there.
+func (x *Server) forwardSPDY(ctx context.Context, pod string, upgrade func(httpstream.NewStreamHandler) httpstream.Connection) {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var mu sync.Mutex // guards pairs, open and over
 	pairs := map[string]*pair{}
@@ -98,7 +121,7 @@ func (x *Server) forwardSPDY(w http.ResponseWriter, r *http.Request, pod string)
 	var running sync.WaitGroup
 	upgraded := make(chan struct{})
 	var conn httpstream.Connection
-	conn = spdy.NewResponseUpgrader().UpgradeResponse(w, r, func(s httpstream.Stream, reply <-chan struct{}) error {
+	conn = upgrade(func(s httpstream.Stream, reply <-chan struct{}) error {
 		port, err := strconv.ParseUint(s.Headers().Get(portforward.PortHeader), 10, 16)
 		if err != nil || port < 1 {
 			return fmt.Errorf("header %s is no port", portforward.PortHeader)
