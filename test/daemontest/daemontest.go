@@ -223,7 +223,7 @@ func (d *Daemon) Listening() error {
 			return fmt.Errorf("%s has ended before it listened: %w", d.Bin, d.run.end())
 		case <-deadline:
 			return fmt.Errorf("%s does not listen within %v: %w", d.Bin, startWithin, err)
-		case <-time.After(time.Millisecond):
+		case <-time.After(Slow(time.Millisecond)):
 		}
 	}
 }
