@@ -322,7 +322,7 @@ func baseSpecs(c cristate.RuntimeConfig) (map[string]*specs.Spec, error) {
 
 // pauseSpec is the specification of a pod's own container.
 func pauseSpec(ctx context.Context, config cristate.RuntimeConfig, look *criHost, bases map[string]*specs.Spec, in cripod.SpecInput, log *slog.Logger) (*specs.Spec, error) {
-	host := look.facts(ctx, in.Meta.RuntimeHandler, in.Runtime)
+	host := look.facts(ctx, in.Runtime)
 	var err error
 	if in.Image == nil {
 		// Nothing is run: only what is set in the namespaces counts.
@@ -455,7 +455,7 @@ func cdiDevices(c cristate.RuntimeConfig) func(*specs.Spec, []string) error {
 	return func(s *specs.Spec, names []string) error {
 		cache, err := cdi.NewCache(cdi.WithSpecDirs(c.CDISpecDirs...), cdi.WithAutoRefresh(false))
 		if err != nil {
-			return fmt.Errorf("CDI: %w", err)
+			return fmt.Errorf("read CDI specs: %w", err)
 		}
 		if unknown, err := cache.InjectDevices(s, names...); err != nil {
 			return fmt.Errorf("CDI devices %q: %v: %w", unknown, err, errdefs.ErrNotFound)

@@ -22,6 +22,7 @@ import (
 	"github.com/gantryd/gantry/internal/edge/cri/crispec"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/edge/shimclient"
+	"github.com/gantryd/gantry/internal/shim/stdio"
 )
 
 // criHost looks at the host and its runtimes for pods and containers.
@@ -36,7 +37,7 @@ type criHost struct {
 }
 
 // facts are those of now: devices come and go.
-func (h *criHost) facts(ctx context.Context, _ string, rt cristate.Runtime) crispec.Host {
+func (h *criHost) facts(ctx context.Context, rt cristate.Runtime) crispec.Host {
 	base, err := client.HostFacts(false)
 	if err != nil {
 		h.log.Warn("some facts of the host are not known", "error", err)
@@ -113,7 +114,7 @@ func (h *criHost) infoOf(ctx context.Context, rec container.Runtime) (shimclient
 // writesLogs says that a runtime's shim keeps logs in Kubernetes' form itself.
 func (h *criHost) writesLogs(ctx context.Context, rec container.Runtime) bool {
 	info, err := h.infoOf(ctx, rec)
-	return err == nil && info.Annotations["io.gantry.shim.log"] == "cri"
+	return err == nil && info.Annotations[stdio.Annotation] == stdio.FormatCRI
 }
 
 func cgroupControllers(v2 bool) []string {

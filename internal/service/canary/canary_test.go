@@ -39,7 +39,10 @@ func TestCanary(t *testing.T) {
 		if err := c.Err(); err == nil || !strings.Contains(err.Error(), "mount: read-only file system") || !strings.Contains(err.Error(), "shim: no answer for 11s") || strings.Contains(err.Error(), "store") {
 			t.Errorf("%v", err)
 		}
-		if err := c.Err("store"); err != nil {
+		if err := c.Err("mount", "shim"); err != nil {
+			t.Errorf("%v", err)
+		}
+		if err := c.Err("shim"); err == nil || !strings.Contains(err.Error(), "mount") || strings.Contains(err.Error(), "shim") {
 			t.Errorf("%v", err)
 		}
 		broken.Store(false)

@@ -112,7 +112,7 @@ func (s *Service) Checkpoint(ctx context.Context, id, location string, timeout t
 	next := location + ".new"
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return err
+		return fmt.Errorf("location: %v: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if err = errors.Join(s.capture(ctx, c, f), f.Close()); err == nil {
 		err = os.Rename(next, location)

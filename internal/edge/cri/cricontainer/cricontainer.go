@@ -72,7 +72,7 @@ type Deps struct {
 	NRI        NRI // nil if there is none
 	Config     cristate.RuntimeConfig
 	// Host are the facts of the host and of a runtime handler, now.
-	Host func(ctx context.Context, handler string, rt cristate.Runtime) crispec.Host
+	Host func(ctx context.Context, rt cristate.Runtime) crispec.Host
 	// Base is a handler's base_runtime_spec, nil if it has none; nil is none at all.
 	Base func(rt cristate.Runtime) *specs.Spec
 	// CDI changes a specification for devices named vendor/class=name; nil

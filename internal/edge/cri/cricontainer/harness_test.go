@@ -248,7 +248,7 @@ func (n *node) boot() {
 	d := Deps{
 		Views: n.src, Events: n.bus, Pods: pods, Containers: all, Images: n.images, Config: n.config, Limits: n.limits,
 		Notifier: &cristate.Notifier{Pods: pods, Containers: all, Events: n.events, Names: func(id string) cristate.ImageNames { return cristate.ImageNames{ID: id} }},
-		Host:     func(context.Context, string, cristate.Runtime) crispec.Host { return crispec.Host{} },
+		Host:     func(context.Context, cristate.Runtime) crispec.Host { return crispec.Host{} },
 		PodDir:   func(id string) string { return filepath.Join(n.dir, "root/sandboxes", id) }, PodShm: func(id string) string { return filepath.Join(n.dir, "state/sandboxes", id, "shm") },
 		Root: filepath.Join(n.dir, "root"), State: filepath.Join(n.dir, "state"),
 		Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})),

@@ -26,14 +26,14 @@ import (
 func (s *Service) spec(ctx context.Context, meta *cristate.ContainerMeta, pod *cristate.Pod, img criimage.Image, user specs.User, mounts, volumes []crispec.Mount) (*specs.Spec, error) {
 	pm, config := pod.Meta(), meta.Config
 	sc := config.GetLinux().GetSecurityContext()
-	name, handler, err := s.Config.Handler(pm.RuntimeHandler)
+	_, handler, err := s.Config.Handler(pm.RuntimeHandler)
 	if err != nil {
 		return nil, err
 	}
 	in := crispec.ContainerInput{
 		ID: meta.ID, Config: config, PodID: pm.ID, Pod: pm.Config, Namespaces: pod.Status().Namespaces, Image: img.Spec.Config,
 		ImageName: cmp.Or(config.GetImage().GetUserSpecifiedImage(), img.Names().Tag, config.GetImage().GetImage()), User: user, Runtime: handler, RuntimeConfig: s.Config,
-		Host: s.Host(ctx, name, handler), Mounts: mounts, Volumes: volumes, PodDir: s.PodDir(pm.ID), CDI: s.CDI, Log: s.Log,
+		Host: s.Host(ctx, handler), Mounts: mounts, Volumes: volumes, PodDir: s.PodDir(pm.ID), CDI: s.CDI, Log: s.Log,
 	}
 	if s.Base != nil {
 		in.Base = s.Base(handler)

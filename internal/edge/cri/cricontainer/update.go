@@ -95,11 +95,11 @@ func (s *Service) apply(ctx context.Context, pod *cristate.Pod, c *cristate.Cont
 	if err != nil {
 		return err
 	}
-	name, handler, err := s.Config.Handler(pod.Meta().RuntimeHandler)
+	_, handler, err := s.Config.Handler(pod.Meta().RuntimeHandler)
 	if err != nil {
 		return err
 	}
-	host := s.Host(ctx, name, handler)
+	host := s.Host(ctx, handler)
 	now, err := crispec.Update(was, res, s.Config, host, s.Log)
 	if err != nil {
 		return err
