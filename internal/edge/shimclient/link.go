@@ -710,9 +710,9 @@ func (t *ttrpcConn) call(ctx context.Context, ns namespace.ID, service, method s
 }
 
 // native gives a shim's error its class. Some shims answer without one, but
-// with its words at the end.
+// with its words at the end; others tell their errors twice.
 func native(err error) error {
-	err = errgrpc.ToNative(err)
+	err = errgrpc.ToNative(wire.Once(err))
 	if err == nil || !errdefs.IsUnknown(err) {
 		return err
 	}

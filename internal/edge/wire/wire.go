@@ -141,15 +141,19 @@ func ServerOptions(log *slog.Logger, maxRecv, maxSend int, ready Readiness) []gr
 	}
 }
 
-// toStatus maps a core error to a status: its class and its text. What the
-// mapping adds as details are the further errors that it wraps, whose texts are
-// in the message already and would be told again; details that carry a value
-// of their own are kept (contract 1.2.9).
-func toStatus(err error) error {
-	if err == nil {
-		return nil
+// toStatus maps a core error to a status: its class and its text.
+func toStatus(err error) error { return Once(errgrpc.ToGRPC(err)) }
+
+// Once takes from a status the details that are the further errors it was made
+// of, whose texts are in the message already and would be told again; details
+// that carry a value of their own are kept (contract 1.2.9). Other errors stay
+// as they are.
+func Once(err error) error {
+	s, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
 	}
-	p := status.Convert(errgrpc.ToGRPC(err)).Proto()
+	p := s.Proto()
 	p.Details = slices.DeleteFunc(p.Details, func(a *anypb.Any) bool { return a.MessageIs(&spb.Status{}) })
 	return status.ErrorProto(p)
 }

@@ -1,6 +1,7 @@
 package nspin
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -39,7 +40,7 @@ func Make(s Spec) (err error) {
 	case flags == 0 || len(s.Paths) > len(order):
 		return fmt.Errorf("make namespaces %q: %w", slices.Sorted(maps.Keys(s.Paths)), errdefs.ErrInvalidArgument)
 	case user:
-		if err := errors.Join(s.UIDs.Check(), s.GIDs.Check()); err != nil {
+		if err := cmp.Or(s.UIDs.Check(), s.GIDs.Check()); err != nil {
 			return fmt.Errorf("make user namespace: %w", err)
 		}
 	}
