@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
@@ -73,8 +74,8 @@ func (s *Service) checkpoint(ctx context.Context, p *cristate.Pod, dir string, c
 
 // openDir opens a directory of a client. ErrInvalidArgument if it is none.
 func openDir(path string) (*os.Root, error) {
-	if !filepath.IsAbs(path) {
-		return nil, fmt.Errorf("path %.200q is not absolute: %w", path, errdefs.ErrInvalidArgument)
+	if !filepath.IsAbs(path) || len(path) >= unix.PathMax {
+		return nil, fmt.Errorf("path %.200q is not absolute, or too long: %w", path, errdefs.ErrInvalidArgument)
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
