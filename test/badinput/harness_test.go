@@ -244,7 +244,7 @@ func (d *daemon) unchanged(before []string) {
 
 func (d *daemon) difference(before []string) string {
 	var b strings.Builder
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		b.Reset()
 		now := d.inventory()
 		for _, x := range now {

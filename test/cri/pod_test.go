@@ -446,7 +446,7 @@ func TestRunPodCancelled(t *testing.T) {
 		if err != nil {
 			t.Fatalf("retry %d: %v", i, err)
 		}
-		if d := time.Since(begin); d > critest.Slow(5*time.Second) {
+		if d := time.Since(begin); d > critest.Slow(10*time.Second) {
 			t.Errorf("retry %d took %v", i, d)
 		}
 		l, err := n.RT.ListPodSandbox(critest.Context(t), &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{LabelSelector: c.Labels}})

@@ -136,7 +136,7 @@ func (w *ward) sick(what string, fn func(context.Context) error, words ...string
 		began := time.Now()
 		err := fn(ctx)
 		cancel()
-		if took := time.Since(began); took > limit+critest.Slow(2*time.Second) {
+		if took := time.Since(began); took > limit+critest.Slow(5*time.Second) {
 			w.t.Errorf("%s of the sick one takes %s with a deadline of %s", what, took, limit)
 		}
 		if code := status.Code(err); code != codes.DeadlineExceeded {

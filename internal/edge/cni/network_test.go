@@ -544,7 +544,7 @@ func TestPluginThatNeverReturns(t *testing.T) {
 
 	check := func(stage string, limit time.Duration, err error, start time.Time) {
 		t.Helper()
-		if took := time.Since(start); took < limit || took > limit+2*time.Second {
+		if took := time.Since(start); took < limit || took > limit+10*time.Second {
 			t.Errorf("%s took %s, the limit is %s", stage, took, limit)
 		}
 		for _, want := range []string{"test/name-hung", stage + " by plugin sick", "killed after", "context deadline exceeded"} {

@@ -323,12 +323,12 @@ func TestCancel(t *testing.T) {
 				if !errors.Is(err, context.Canceled) {
 					t.Errorf("error %v", err)
 				}
-			case <-time.After(time.Second):
-				t.Error("cancel takes more than a second")
+			case <-time.After(5 * time.Second):
+				t.Error("cancel takes more than five seconds")
 			}
 		})
 	}
-	for deadline := time.Now().Add(3 * time.Second); runtime.NumGoroutine() > before+2; {
+	for deadline := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > before+2; {
 		if time.Now().After(deadline) {
 			buf := make([]byte, 1<<16)
 			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])

@@ -74,7 +74,7 @@ func TestExecTold(t *testing.T) {
 					t.Fatalf("%s: %v", s, err)
 				}
 			}
-			end := time.Now().Add(time.Second)
+			end := time.Now().Add(20 * time.Second)
 			if err := bus.Publish(t.Context(), event.Envelope{Namespace: "ns", Topic: "/end", Event: event.TaskOOM{ContainerID: "c"}}); err != nil {
 				t.Fatal(err)
 			}

@@ -332,7 +332,7 @@ func TestUnfinishedIngests(t *testing.T) {
 	}
 	began := time.Now()
 	wantError(t, w.pull(reg.Host()+"/app:1", core.ImageStore{}), errdefs.IsUnavailable, "another client has the ingest", "did not go on for 1s")
-	if d := time.Since(began); d > 5*time.Second {
+	if d := time.Since(began); d > 15*time.Second {
 		t.Errorf("waited %s", d)
 	}
 	done := make(chan error, 1)
@@ -375,8 +375,8 @@ func TestCancelPull(t *testing.T) {
 	select {
 	case err := <-done:
 		wantError(t, err, errdefs.IsCanceled)
-	case <-time.After(time.Second):
-		t.Fatal("cancel takes more than a second")
+	case <-time.After(10 * time.Second):
+		t.Fatal("cancel takes more than ten seconds")
 	}
 	w.clean(0)
 }

@@ -42,9 +42,9 @@ func serveWire(t *testing.T, w *world) *grpc.ClientConn {
 // within waits for something that takes a moment.
 func within(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !ok(); {
+	for deadline := time.Now().Add(20 * time.Second); !ok(); {
 		if time.Now().After(deadline) {
-			t.Fatal("not within 5 s: " + what)
+			t.Fatal("not within 20 s: " + what)
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -247,8 +247,8 @@ func TestImportClientGone(t *testing.T) {
 	select {
 	case err := <-done:
 		wantError(t, err, errdefs.IsCanceled)
-	case <-time.After(time.Second):
-		t.Fatal("cancel takes more than a second")
+	case <-time.After(10 * time.Second):
+		t.Fatal("cancel takes more than ten seconds")
 	}
 	within(t, "the stream is free and the lease gone", func() bool {
 		l, _ := w.space("test").leases.List(t.Context())

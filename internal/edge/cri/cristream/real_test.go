@@ -140,7 +140,7 @@ func slow() bool {
 	if err == nil {
 		fmt.Sscan(string(b), &load)
 	}
-	return load > float64(runtime.NumCPU())
+	return load > float64(runtime.NumCPU())/2
 }
 
 func countFDs(t *testing.T) int {
