@@ -79,7 +79,8 @@ func TestLife(t *testing.T) {
 				t.Errorf("shm %+v", sfs)
 			}
 			info := must[map[string]string](t)(s.Info(ctx, id[:10]))
-			if !strings.Contains(info["info"], `"runtimeType":"io.containerd.runc.v2"`) || !strings.Contains(info["info"], `"processStatus":"ready"`) {
+			if !strings.Contains(info["info"], `"runtimeType":"io.containerd.runc.v2"`) || !strings.Contains(info["info"], `"processStatus":"running"`) ||
+				(st.Pid != 0) != strings.Contains(info["info"], `"snapshotKey":"`+id+`"`) || len(info["image"]) != 0 {
 				t.Errorf("info %v", info)
 			}
 

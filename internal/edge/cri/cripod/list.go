@@ -5,10 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"strings"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/gantryd/gantry/core/sandbox"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/lib/nspin"
 )
@@ -35,6 +35,9 @@ func (s *Service) Info(ctx context.Context, id string) (map[string]string, error
 		Pid                uint32                    `json:"pid"`
 		Status             string                    `json:"processStatus"`
 		NetNamespaceClosed bool                      `json:"netNamespaceClosed"`
+		Image              string                    `json:"image"`
+		SnapshotKey        string                    `json:"snapshotKey"`
+		Snapshotter        string                    `json:"snapshotter"`
 		RuntimeHandler     string                    `json:"runtimeHandler"`
 		RuntimeType        string                    `json:"runtimeType"`
 		Sandboxer          string                    `json:"sandboxer"`
@@ -52,8 +55,14 @@ func (s *Service) Info(ctx context.Context, id string) (map[string]string, error
 	out := map[string]string{}
 	if ctrl, err := s.controller(st.Sandboxer); err == nil {
 		if now, err := ctrl.Status(ctx, m.ID, true); err == nil {
-			x.Status = strings.ToLower(strings.TrimPrefix(now.State, "SANDBOX_"))
+			if x.Status = "deleted"; now.State == sandbox.StateReady {
+				x.Status = "running"
+			}
 			maps.Copy(out, now.Info)
+			for name, field := range map[string]*string{"image": &x.Image, "snapshotKey": &x.SnapshotKey, "snapshotter": &x.Snapshotter} {
+				*field = out[name]
+				delete(out, name)
+			}
 		}
 	}
 	b, err := json.Marshal(x)
