@@ -230,6 +230,7 @@ func TestPodMetrics(t *testing.T) {
 	v4, _ := ipsOf(p)
 	p.Run(serveText(80, "counted"))
 	eventuallyGet(t, v4+":80", "counted")
+	critest.Eventually(t, "the load", func() bool { return strings.Contains(c.Log(), "loaded") })
 	mine := func() *runtime.PodSandboxMetrics {
 		t.Helper()
 		l, err := n.RT.ListPodSandboxMetrics(critest.Context(t), &runtime.ListPodSandboxMetricsRequest{})

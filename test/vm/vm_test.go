@@ -20,14 +20,15 @@ import (
 
 // chosen are tests of ../cri that show what the host's kernel may not: all of
 // them have to pass, a skip is a failure. The handlers are runc, pauseless and crun.
-var chosen = []string{"TestHello", "TestAppArmorConfines", "TestUnifiedLimits", "TestCgroupWritable", "TestExecGroups", "TestOOMKilled", "TestUserNamespace"}
+var chosen = []string{"TestHello", "TestAppArmorConfines", "TestUnifiedLimits", "TestCgroupWritable", "TestExecGroups", "TestOOMKilled", "TestUserNamespace",
+	"TestResources", "TestPodResources", "TestOOMScore", "TestStats", "TestPodMetrics", "TestCensus", "TestHungFileSystem"}
 
 // perBoot is how many tests a guest runs when all are run: one that hangs takes
 // no more along.
 const perBoot = 20
 
 // The conformance suite of Kubernetes' interface in a guest with Debian's
-// kernel. GANTRY_VM=1 runs what differs there, in about five minutes of an idle
+// kernel. GANTRY_VM=1 runs what differs there, in a quarter of an hour of an idle
 // machine; GANTRY_VM=all runs the whole suite in several guests one after
 // another, GANTRY_VM=TestX,TestY those tests.
 //
