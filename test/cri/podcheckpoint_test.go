@@ -312,8 +312,28 @@ func TestPodCheckpointFails(t *testing.T) {
 	if _, err := n.RT.CheckpointPod(critest.Context(t), request); err != nil {
 		t.Fatal(err)
 	}
-	touch("fail-restore")
+	// A daemon that is killed when the containers are there takes them away.
+	n.Kill()
+	if err := n.Start("GANTRY_FAULT=pod after restore its containers:1"); err != nil {
+		t.Fatal(err)
+	}
 	config := n.PodConfig(t)
+	if _, err := n.RT.RestorePod(critest.Context(t), &runtime.RestorePodRequest{CheckpointPath: at, Config: config, RuntimeHandler: "imagined", ContainerConfigs: []*runtime.ContainerConfig{all[0].Config}}); err == nil {
+		t.Error("it was not killed")
+	}
+	n.Kill()
+	if err := n.Start(); err != nil {
+		t.Fatal(err)
+	}
+	critest.Eventually(t, "what was half made is gone", func() bool {
+		c, err := n.RT.ListContainers(critest.Context(t), &runtime.ListContainersRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(listed(t, n)) == 1 && len(c.Containers) == 2
+	})
+
+	touch("fail-restore")
 	r, err := n.RT.RestorePod(critest.Context(t), &runtime.RestorePodRequest{CheckpointPath: at, Config: config, RuntimeHandler: "imagined", ContainerConfigs: []*runtime.ContainerConfig{all[0].Config}})
 	if err != nil {
 		t.Fatal(err)

@@ -154,7 +154,11 @@ func (s *Service) thaw(ctx context.Context, c *container) error {
 
 // change runs fn as the only one that changes the container, and bounded.
 func (s *Service) change(ctx context.Context, c *container, fn func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	return s.changeIn(ctx, callTimeout, c, fn)
+}
+
+func (s *Service) changeIn(ctx context.Context, limit time.Duration, c *container, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	unlock, err := c.lock(ctx)
 	if err != nil {
@@ -273,7 +277,7 @@ func (s *Service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	if k.ImagePath == "" {
 		return nil, fmt.Errorf("no directory for the image is given: %w", errdefs.ErrInvalidArgument)
 	}
-	err = s.change(ctx, c, func(ctx context.Context) error { return c.made.Checkpoint(ctx, k) })
+	err = s.changeIn(ctx, createTimeout, c, func(ctx context.Context) error { return c.made.Checkpoint(ctx, k) })
 	if err != nil {
 		return nil, err
 	}
