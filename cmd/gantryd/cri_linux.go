@@ -137,7 +137,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		return nil, err
 	}
 
-	look := &criHost{config: config, manager: d.manager, log: log, runtimes: map[string]shimclient.RuntimeInfo{}}
+	look := &criHost{config: config, ask: d.manager.Info, log: log, runtimes: map[string]answer{}}
 	bases, err := baseSpecs(config)
 	if err != nil {
 		return nil, err

@@ -1,12 +1,17 @@
 package main
 
 import (
+	"context"
+	"log/slog"
 	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/edge/shimclient"
 )
 
 // The kubelet uses the cgroup driver that it is told: the default handler's if
@@ -61,5 +66,35 @@ func TestBrokenCRI(t *testing.T) {
 	s = newServer(t, "required_plugins = ['io.containerd.grpc.v1.cri']\n"+broken)
 	if out, err := s.command().CombinedOutput(); err == nil || !strings.Contains(string(out), "/no/such/spec.json") {
 		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// A runtime that does not tell what it is is not started at every status; one
+// that was installed meanwhile is seen at once.
+//
+// contract: 13.30
+// promise: P1
+func TestRuntimeThatHangs(t *testing.T) {
+	calls, err := 0, error(context.DeadlineExceeded)
+	h := &criHost{runtimes: map[string]answer{}, log: slog.New(slog.DiscardHandler), ask: func(context.Context, string, typed.Any) (shimclient.RuntimeInfo, error) {
+		calls++
+		return shimclient.RuntimeInfo{Features: typed.Any{Value: []byte(`{"mountOptions":["rro"]}`)}}, err
+	}}
+	for range 3 {
+		if f := h.features(t.Context(), cristate.Runtime{Type: "io.hangs.v1"}); f.RecursiveReadOnly || calls != 1 {
+			t.Errorf("%+v after %d calls", f, calls)
+		}
+	}
+	err = errdefs.ErrNotFound
+	for i := range 2 {
+		if h.features(t.Context(), cristate.Runtime{Type: "io.absent.v1"}); calls != 2+i {
+			t.Errorf("%d calls", calls)
+		}
+	}
+	err = nil
+	for range 2 {
+		if f := h.features(t.Context(), cristate.Runtime{Type: "io.absent.v1"}); !f.RecursiveReadOnly || calls != 4 {
+			t.Errorf("%+v after %d calls", f, calls)
+		}
 	}
 }

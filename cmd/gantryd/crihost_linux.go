@@ -10,7 +10,9 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"github.com/opencontainers/selinux/go-selinux"
@@ -18,6 +20,7 @@ import (
 
 	"github.com/gantryd/gantry/client"
 	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/internal/edge/cri/criserver"
 	"github.com/gantryd/gantry/internal/edge/cri/crispec"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
@@ -27,14 +30,27 @@ import (
 
 // criHost looks at the host and its runtimes for pods and containers.
 type criHost struct {
-	config  cristate.RuntimeConfig
-	manager *shimclient.Manager
-	armor   appArmor
-	log     *slog.Logger
+	config cristate.RuntimeConfig
+	ask    func(ctx context.Context, runtime string, options typed.Any) (shimclient.RuntimeInfo, error)
+	armor  appArmor
+	log    *slog.Logger
 
 	mu       sync.Mutex // guards runtimes; nothing is asked under it
-	runtimes map[string]shimclient.RuntimeInfo
+	runtimes map[string]answer
 }
+
+// answer is what a runtime said of itself, or that it did not, until then.
+type answer struct {
+	info  shimclient.RuntimeInfo
+	err   error
+	until time.Time // of err
+}
+
+// askAgain is after how long a runtime is asked again that did not answer: the
+// kubelet wants to know every few seconds, and a program that hangs, or that
+// cannot tell, is not to be started each time. One that is not there is looked
+// for always.
+const askAgain = 10 * time.Second
 
 // facts are those of now: devices come and go.
 func (h *criHost) facts(ctx context.Context, rt cristate.Runtime) crispec.Host {
@@ -84,7 +100,7 @@ func (h *criHost) features(ctx context.Context, rt cristate.Runtime) criserver.F
 	return out
 }
 
-// info asks a runtime once what it is; one that did not answer is asked again.
+// info asks a runtime once what it is; one that did not answer is asked again later.
 func (h *criHost) info(ctx context.Context, rt cristate.Runtime) (shimclient.RuntimeInfo, error) {
 	rec, err := rt.Record()
 	if err != nil {
@@ -96,19 +112,20 @@ func (h *criHost) info(ctx context.Context, rt cristate.Runtime) (shimclient.Run
 func (h *criHost) infoOf(ctx context.Context, rec container.Runtime) (shimclient.RuntimeInfo, error) {
 	key := rec.Name + "\x00" + string(rec.Options.Value)
 	h.mu.Lock()
-	info, ok := h.runtimes[key]
+	a, ok := h.runtimes[key]
 	h.mu.Unlock()
-	if ok {
-		return info, nil
+	if ok && (a.err == nil || time.Now().Before(a.until)) {
+		return a.info, a.err
 	}
-	info, err := h.manager.Info(ctx, rec.Name, rec.Options)
-	if err != nil {
-		return info, err
+	a.info, a.err = h.ask(ctx, rec.Name, rec.Options)
+	if errdefs.IsNotFound(a.err) || ctx.Err() != nil {
+		return a.info, a.err
 	}
+	a.until = time.Now().Add(askAgain)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.runtimes[key] = info
-	return info, nil
+	h.runtimes[key] = a
+	return a.info, a.err
 }
 
 // writesLogs says that a runtime's shim keeps logs in Kubernetes' form itself.

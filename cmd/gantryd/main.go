@@ -15,6 +15,7 @@ import (
 
 	ttrpclog "github.com/containerd/log"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/gantryd/gantry/internal/daemon/config"
@@ -127,6 +128,7 @@ func printWarnings(ws []config.Warning) {
 // serve is the life of the daemon, in the order of contract 8.2.5.
 func serve(ctx context.Context, f *flags) error {
 	start := time.Now()
+	unix.Umask(0o022) // whatever the caller's: modes mean what they say, and containers inherit it (class C7)
 	if _, err := logging.ParseLevel(f.LogLevel); err != nil {
 		return fmt.Errorf("--log-level: %w", err)
 	}

@@ -99,7 +99,11 @@ func TestExecSyncTimeout(t *testing.T) {
 	eachHandler(t, func(t *testing.T, p *critest.Pod) {
 		c := p.Run("sleep 1000")
 		mark := fmt.Sprintf("3%09d", time.Now().UnixNano()%1e9)
-		script := strings.ReplaceAll(`sleep MARK & setsid sleep MARK & (setsid sh -c "sleep MARK & sleep MARK" &) ; nohup sleep MARK >/dev/null 2>&1 </dev/null & trap "" TERM INT HUP; echo partial; sleep MARK`, "MARK", mark)
+		script := ""
+		if cgroup2() || !strings.HasSuffix(t.Name(), "/crun") { // it puts an exec into a group of its own with version 2 only
+			script = "(setsid sleep MARK </dev/null >/dev/null 2>&1 &); "
+		}
+		script = strings.ReplaceAll(script+`sleep MARK & setsid sleep MARK & (setsid sh -c "sleep MARK & sleep MARK" &) ; nohup sleep MARK >/dev/null 2>&1 </dev/null & trap "" TERM INT HUP; echo partial; sleep MARK`, "MARK", mark)
 		begin := time.Now()
 		r, err := execSync(c, 1, script)
 		took := time.Since(begin)

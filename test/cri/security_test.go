@@ -582,13 +582,40 @@ func recordLabels(t *testing.T, n *critest.Node, id string) map[string]string {
 }
 
 // While pods run, other users of the host can read, write and execute nothing of
-// theirs that is at rest (class C7).
+// theirs that is at rest (class C7), and what is the containers' own is open to
+// them, whatever mask of rights the daemon was started with.
 func TestRightsAtRest(t *testing.T) {
-	n := node(t)
+	for _, mask := range []string{"0000", "0777"} {
+		t.Run(mask, func(t *testing.T) {
+			n, err := critest.NewNode(binDir, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				n.Clear(t)
+				if err := n.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			n.Wrap = []string{"/bin/sh", "-c", "umask " + mask + `; exec "$0" "$@"`}
+			if err := n.Start(); err != nil {
+				t.Fatal(err)
+			}
+			rightsAtRest(t, n)
+		})
+	}
+}
+
+func rightsAtRest(t *testing.T, n *critest.Node) {
 	ref := n.Put(t, "rest", ocispec.ImageConfig{Volumes: map[string]struct{}{"/data": {}}}, testimage.File{Name: "data", Dir: true}, testimage.File{Name: "data/f", Body: []byte("x")},
 		testimage.File{Name: "bin/euid", Body: euid(), Mode: 0o4755})
 	for _, handler := range n.Handlers {
-		n.Pod(t, handler).Run("sleep 600", image(ref))
+		c := n.Pod(t, handler).Run("sleep 600", image(ref), func(c *runtime.ContainerConfig) {
+			c.Linux.SecurityContext.RunAsUser = int64Of(1000)
+		})
+		if out := c.Exec("cat /data/f /etc/resolv.conf /etc/hosts >/dev/null; cd /dev/shm && touch x && stat -c %a /dev/shm; umask"); out != "1777\n0022\n" {
+			t.Errorf("%s: %q", handler, out)
+		}
 	}
 	n.Pod(t, "runc", userNS).Run("sleep 600", image(ref), mounts(&runtime.Mount{ContainerPath: "/image", Image: &runtime.ImageSpec{Image: ref}}))
 	var all strings.Builder

@@ -19,14 +19,17 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/internal/lib/reaper"
 	"github.com/gantryd/gantry/internal/shim/driver"
+	"github.com/gantryd/gantry/internal/shim/execgroup"
 )
 
 const (
@@ -53,6 +56,9 @@ type Config struct {
 type runtime struct {
 	Config
 	log *slog.Logger
+
+	once sync.Once
+	help string // of its command exec
 }
 
 // New returns a driver for the runtime.
@@ -63,6 +69,38 @@ func New(c Config, log *slog.Logger) driver.Driver {
 type container struct {
 	r          *runtime
 	id, bundle string
+	pid        int // of its first process
+	execgroup.Groups
+}
+
+// helpTimeout bounds a runtime that is asked what it can do.
+const helpTimeout = 5 * time.Second
+
+// cgroup is where the container's execs have theirs. Most runtimes can put an
+// exec into a group below the container's; with cgroup v1 that has to be of one
+// hierarchy, or the exec would have no limits.
+func (c *container) cgroup() (dir, controller string) {
+	c.r.once.Do(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), helpTimeout)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, c.r.Binary, "exec", "--help")
+		cmd.WaitDelay = waitDelay
+		out := &limited{max: maxLog}
+		cmd.Stdout, cmd.Stderr = out, out
+		if cmd.Run() == nil {
+			c.r.help = out.buf.String()
+		}
+	})
+	mount, option := "/sys/fs/cgroup", "--cgroup"
+	if !cgroups.IsCgroup2UnifiedMode() {
+		controller, option = execgroup.Freezer, "[<controller>:]<cgroup>"
+		mount = filepath.Join(mount, controller)
+	}
+	all, err := cgroups.ParseCgroupFile("/proc/" + strconv.Itoa(c.pid) + "/cgroup")
+	if err != nil || !strings.Contains(c.r.help, option) || len(all[controller]) < 2 || strings.Contains(all[controller], "..") {
+		return "", ""
+	}
+	return mount + all[controller], controller
 }
 
 // call is one run of the runtime.
@@ -257,6 +295,7 @@ func (r *runtime) Create(ctx context.Context, req driver.Create) (driver.Contain
 		return nil, driver.Started{}, err
 	}
 	c := &container{r: r, id: req.ID, bundle: req.Bundle}
+	c.Find = c.cgroup
 	what := call{args: []string{"create", "--bundle", req.Bundle}, logDir: req.Bundle}
 	if req.Restore != "" {
 		what.args = []string{"restore", "--detach", "--bundle", req.Bundle, "--image-path", req.Restore}
@@ -281,6 +320,7 @@ func (r *runtime) Create(ctx context.Context, req driver.Create) (driver.Contain
 		}
 		return nil, driver.Started{}, err
 	}
+	c.pid = s.Pid
 	return c, s, nil
 }
 
@@ -306,7 +346,17 @@ func (c *container) Exec(ctx context.Context, id string, p *specs.Process, stdio
 	if err != nil {
 		return driver.Started{}, err
 	}
-	return c.r.withProcess(ctx, call{args: []string{"exec", "--process", f.Name(), "--detach"}, logDir: c.bundle}, stdio, c.id)
+	what := call{args: []string{"exec", "--process", f.Name(), "--detach"}, logDir: c.bundle}
+	if name, controller := c.Open(id); controller != "" {
+		what.args = append(what.args, "--cgroup", controller+":"+name)
+	} else if name != "" {
+		what.args = append(what.args, "--cgroup", name)
+	}
+	s, err := c.r.withProcess(ctx, what, stdio, c.id)
+	if err != nil {
+		c.ForgetExec(id)
+	}
+	return s, err
 }
 
 func (c *container) Update(ctx context.Context, r *specs.LinuxResources) error {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/userns"
+	"github.com/opencontainers/cgroups"
 	_ "github.com/opencontainers/cgroups/devices" // lets the library set device rules
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -31,6 +32,7 @@ import (
 
 	"github.com/gantryd/gantry/internal/lib/reaper"
 	"github.com/gantryd/gantry/internal/shim/driver"
+	"github.com/gantryd/gantry/internal/shim/execgroup"
 )
 
 const (
@@ -66,7 +68,19 @@ type container struct {
 	log *slog.Logger
 
 	memlock *configs.Rlimit
-	execs   execGroups
+	execgroup.Groups
+}
+
+// cgroup is where the container's execs have theirs.
+func (c *container) cgroup() (dir, controller string) {
+	state, err := c.c.State()
+	switch {
+	case err != nil:
+		return "", ""
+	case cgroups.IsCgroup2UnifiedMode():
+		return state.CgroupPaths[""], ""
+	}
+	return state.CgroupPaths[execgroup.Freezer], execgroup.Freezer
 }
 
 func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Container, _ driver.Started, err error) {
@@ -89,6 +103,7 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 		return nil, none, err
 	}
 	c := &container{c: lc, dir: filepath.Join(d.root, req.ID), log: d.log, memlock: d.memlock}
+	c.Find = c.cgroup
 	defer func() {
 		if err != nil {
 			if derr := lc.Destroy(); derr != nil {
@@ -239,10 +254,12 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 		return driver.Started{}, err
 	}
 	keepMemlock(p, c.memlock)
-	c.execs.open(c.c, id, p)
+	if name, controller := c.Open(id); name != "" {
+		p.SubCgroupPaths = map[string]string{controller: name}
+	}
 	s, err := c.run(ctx, p, stdio, nil)
 	if err != nil {
-		c.execs.forget(id)
+		c.ForgetExec(id)
 	}
 	return s, err
 }

@@ -165,6 +165,10 @@ var containerCases = map[string]func(*ContainerInput){
 		in.privileged()
 		in.Runtime.PrivilegedWithoutHostDevices = true
 	},
+	"privileged-any-device": func(in *ContainerInput) {
+		in.privileged()
+		in.Runtime.PrivilegedWithoutHostDevices, in.Runtime.PrivilegedWithoutHostDevicesAllDevicesAllowed = true, true
+	},
 	"userns": func(in *ContainerInput) {
 		in.podSC().NamespaceOptions.UsernsOptions, in.sc().NamespaceOptions.UsernsOptions = userns(65536), userns(65536)
 		in.Namespaces["user"] = "/run/userns/pod1"

@@ -1,6 +1,10 @@
 //go:build linux
 
-package libct
+// Package execgroup keeps each exec in a cgroup of its own below the container's,
+// so that all that it starts can be found and killed (promise P17). With cgroup
+// v1 that is only in the freezer's hierarchy: limits and accounting stay the
+// container's. With v2 the group has no controllers, to the same effect.
+package execgroup
 
 import (
 	"bytes"
@@ -14,60 +18,51 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
-	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 )
 
-// execGroups keeps each exec in a cgroup of its own below the container's, so
-// that all that it starts can be found and killed (promise P17). With cgroup
-// v1 that is only in the freezer's hierarchy: limits and accounting stay the
-// container's. With v2 the group has no controllers, to the same effect.
-type execGroups struct {
-	once       sync.Once
-	base       string // the container's directory, "" if there is none to use
-	controller string // of base; "" is v2
+// Freezer is the hierarchy of v1 that is used.
+const Freezer = "freezer"
+
+// Groups are those of the execs of one container. It is safe for concurrent
+// use, and implements driver.ExecSignaller.
+type Groups struct {
+	// Find returns the container's directory, "" if there is none to use, and
+	// the hierarchy that it is in; "" is v2's. It is called once.
+	Find func() (dir, controller string)
+
+	once             sync.Once
+	base, controller string
 
 	mu   sync.Mutex // guards left
 	left map[string]bool
 }
 
-const freezer = "freezer"
-
 // killWithin bounds the repetition of a kill.
 const killWithin = time.Second
 
-func (g *execGroups) dir(id string) string { return filepath.Join(g.base, "exec-"+id) }
+func (g *Groups) dir(id string) string { return filepath.Join(g.base, "exec-"+id) }
 
-// open makes the group of an exec. Without one the exec runs in the
-// container's.
-func (g *execGroups) open(c *libcontainer.Container, id string, p *libcontainer.Process) {
-	g.once.Do(func() {
-		state, err := c.State()
-		if err != nil {
-			return
-		}
-		if cgroups.IsCgroup2UnifiedMode() {
-			g.base = state.CgroupPaths[""]
-		} else {
-			g.base, g.controller = state.CgroupPaths[freezer], freezer
-		}
-	})
+// Open makes the group of an exec: its name below the container's, and the
+// hierarchy. "" if there is none; the exec is then to run in the container's.
+func (g *Groups) Open(id string) (name, controller string) {
+	g.once.Do(func() { g.base, g.controller = g.Find() })
 	if g.base == "" || os.Mkdir(g.dir(id), 0o755) != nil {
-		return
+		return "", ""
 	}
 	if g.controller == "" {
 		// In a threaded group it could not hold a process.
 		kind, err := os.ReadFile(filepath.Join(g.dir(id), "cgroup.type"))
 		if err != nil || string(bytes.TrimSpace(kind)) != "domain" {
 			os.Remove(g.dir(id))
-			return
+			return "", ""
 		}
 	}
-	p.SubCgroupPaths = map[string]string{g.controller: "exec-" + id}
+	return filepath.Base(g.dir(id)), g.controller
 }
 
-// signal signals all processes of an exec. ErrNotFound if there are none.
-func (g *execGroups) signal(id string, sig unix.Signal) error {
+// SignalExec signals all processes of an exec. ErrNotFound if there are none.
+func (g *Groups) SignalExec(id string, sig unix.Signal) error {
 	if g.base == "" {
 		return fmt.Errorf("exec %s has no cgroup: %w", id, errdefs.ErrNotFound)
 	}
@@ -84,7 +79,7 @@ func (g *execGroups) signal(id string, sig unix.Signal) error {
 		return nil
 	}
 	for deadline := time.Now().Add(killWithin); ; time.Sleep(time.Millisecond) {
-		if sig == unix.SIGKILL && g.controller == freezer {
+		if sig == unix.SIGKILL && g.controller == Freezer {
 			// What is frozen starts no other; a kill is obeyed at the thaw.
 			_ = write("freezer.state", "FROZEN")
 			pids, err = cgroups.GetPids(dir)
@@ -92,7 +87,7 @@ func (g *execGroups) signal(id string, sig unix.Signal) error {
 		for _, pid := range pids {
 			_ = unix.Kill(pid, sig)
 		}
-		if sig == unix.SIGKILL && g.controller == freezer {
+		if sig == unix.SIGKILL && g.controller == Freezer {
 			_ = write("freezer.state", "THAWED")
 		}
 		if sig != unix.SIGKILL {
@@ -119,9 +114,9 @@ func alive(pids []int) int {
 	return n
 }
 
-// forget removes the group of an exec, and those before it in which something
+// ForgetExec removes the group of an exec, and those before it in which something
 // ran on. What never ends is removed with the container.
-func (g *execGroups) forget(id string) {
+func (g *Groups) ForgetExec(id string) {
 	if g.base == "" {
 		return
 	}
@@ -137,9 +132,3 @@ func (g *execGroups) forget(id string) {
 		}
 	}
 }
-
-// SignalExec is driver.ExecSignaller's.
-func (c *container) SignalExec(id string, sig unix.Signal) error { return c.execs.signal(id, sig) }
-
-// ForgetExec is driver.ExecSignaller's.
-func (c *container) ForgetExec(id string) { c.execs.forget(id) }
