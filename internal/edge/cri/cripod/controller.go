@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/container"
+	"github.com/gantryd/gantry/core/ident"
 	"github.com/gantryd/gantry/core/namespace"
 	"github.com/gantryd/gantry/core/sandbox"
 	"github.com/gantryd/gantry/core/snapshot"
@@ -26,6 +28,7 @@ import (
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/lib/idmap"
 	"github.com/gantryd/gantry/internal/lib/nspin"
+	"github.com/gantryd/gantry/oci"
 )
 
 // Image is what a pause container runs.
@@ -184,7 +187,12 @@ func (c *PodSandbox) Create(ctx context.Context, s sandbox.Sandbox, opts sandbox
 		return err
 	}
 	id := container.ID(s.ID)
-	if _, err := v.Containers().Create(ctx, container.Container{ID: id, Labels: map[string]string{cristate.LabelKind: cristate.KindSandbox}, Image: image.Name, Runtime: s.Runtime,
+	// Those of the pod are how cAdvisor knows whose network it counts here.
+	labels := maps.Clone(meta.Config.GetLabels())
+	maps.DeleteFunc(labels, func(k, v string) bool { return k == "" || len(k)+len(v) > ident.MaxLabel })
+	labels = oci.ContainerLabels(image.Config, labels)
+	labels[cristate.LabelKind] = cristate.KindSandbox
+	if _, err := v.Containers().Create(ctx, container.Container{ID: id, Labels: labels, Image: image.Name, Runtime: s.Runtime,
 		Spec: value, Snapshotter: image.Snapshotter, SnapshotKey: s.ID, SandboxID: s.ID, Extensions: map[string]typed.Any{cristate.ExtensionPod: ext}}); err != nil {
 		return err
 	}

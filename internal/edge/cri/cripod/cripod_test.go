@@ -67,7 +67,7 @@ func TestLife(t *testing.T) {
 				}
 			} else if len(tasks) != 1 || tasks[0].ID != id || st.Pid != tasks[0].Pid || st.Namespaces["ipc"] == "" {
 				t.Errorf("tasks %v of %v", tasks, st)
-			} else if c := must[container.Container](t)(v.Containers().Get(ctx, container.ID(id))); c.Extensions[cristate.ExtensionPod].IsZero() || c.Labels[cristate.LabelKind] != cristate.KindSandbox {
+			} else if c := must[container.Container](t)(v.Containers().Get(ctx, container.ID(id))); c.Extensions[cristate.ExtensionPod].IsZero() || c.Labels[cristate.LabelKind] != cristate.KindSandbox || c.Labels["a"] != "b" {
 				t.Errorf("container %+v", c)
 			}
 			for name, want := range map[string]string{FileHostname: "inside\n", FileResolv: "search x.y y\nnameserver 10.0.0.1\noptions ndots:5\n"} {
