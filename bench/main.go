@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -75,10 +76,7 @@ func kinds() ([2]kind, error) {
 	if err != nil {
 		return [2]kind{}, err
 	}
-	own := os.Getenv("GANTRY_BIN")
-	if own == "" {
-		own = "../bin"
-	}
+	own := cmp.Or(os.Getenv("GANTRY_BIN"), "../bin")
 	own, err = filepath.Abs(own)
 	if err != nil {
 		return [2]kind{}, err

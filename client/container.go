@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -145,9 +146,7 @@ func CreateContainer(ctx context.Context, src view.Source, ns namespace.ID, o Co
 	}
 	c := container.Container{ID: o.ID, Image: o.Image, Runtime: o.Runtime, Snapshotter: o.Snapshotter, SnapshotKey: key,
 		Labels: oci.ContainerLabels(info.Config.Config, o.Labels), Extensions: o.Extensions}
-	if c.Runtime.Name == "" {
-		c.Runtime.Name = DefaultRuntime
-	}
+	c.Runtime.Name = cmp.Or(c.Runtime.Name, DefaultRuntime)
 	if c.Spec, err = Encode(SpecURL, spec); err != nil {
 		return none, err
 	}
@@ -186,13 +185,7 @@ const maxUserFile = 1 << 20
 
 // lookUser resolves a user in the image, which is mounted for that.
 func lookUser(ctx context.Context, o ContainerOptions, fromImage string, mounts []mount.Mount) (specs.User, error) {
-	name := o.User
-	if name == "" {
-		name = fromImage
-	}
-	if name == "" {
-		name = "0"
-	}
+	name := cmp.Or(o.User, fromImage, "0")
 	var user specs.User
 	err := mountx.WithTemp(ctx, o.TempDir, mountx.ReadOnly(mounts), func(root string) (err error) {
 		user, err = ResolveUser(root, name, o.Groups...)

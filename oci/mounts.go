@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"cmp"
 	"encoding/csv"
 	"fmt"
 	"path"
@@ -79,12 +80,8 @@ func bindOptions(opts []string) ([]string, error) {
 			return nil, fmt.Errorf("option %q is unknown: %w", shorten(o), errdefs.ErrInvalidArgument)
 		}
 	}
-	if bind == "" {
-		bind = "rbind"
-	}
-	if propagation == "" {
-		propagation = "rprivate"
-	}
+	bind = cmp.Or(bind, "rbind")
+	propagation = cmp.Or(propagation, "rprivate")
 	out := []string{bind, propagation}
 	if mode != "" {
 		out = append(out, mode)

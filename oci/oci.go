@@ -6,6 +6,7 @@
 package oci
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -13,7 +14,6 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"unicode"
@@ -196,13 +196,7 @@ func (r *request) process() error {
 	if err := checkEnv(p.Env); err != nil {
 		return err
 	}
-	cwd := r.cwd
-	if cwd == "" {
-		cwd = r.img.WorkingDir
-	}
-	if cwd == "" {
-		cwd = p.Cwd
-	}
+	cwd := cmp.Or(r.cwd, r.img.WorkingDir, p.Cwd)
 	p.Cwd = path.Join("/", cwd)
 	if strings.ContainsFunc(cwd, unicode.IsControl) || leakedDir.MatchString(p.Cwd) {
 		return fmt.Errorf("working directory %q is not allowed: %w", shorten(cwd), errdefs.ErrInvalidArgument)
@@ -440,7 +434,7 @@ func ImageVolumes(img ocispec.ImageConfig) []string {
 			out = append(out, p)
 		}
 	}
-	sort.Strings(out)
+	slices.Sort(out)
 	return out
 }
 

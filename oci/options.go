@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -30,9 +31,7 @@ func WithBase(s *specs.Spec) Option {
 			return fmt.Errorf("base specification: %v: %w", err, errdefs.ErrInvalidArgument)
 		}
 		was := r.spec
-		if copied.Version == "" {
-			copied.Version = was.Version
-		}
+		copied.Version = cmp.Or(copied.Version, was.Version)
 		if copied.Process == nil {
 			copied.Process = &specs.Process{}
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -204,13 +205,7 @@ func (a *app) stopCommand() *cobra.Command {
 // stop ends a container's process: first with the signal that its image asks
 // for, then, after grace, with SIGKILL. A negative grace never kills.
 func (a *app) stop(ctx context.Context, v view.View, c container.Container, name string, grace time.Duration) error {
-	if name == "" {
-		name = c.Labels[oci.StopSignalLabel]
-	}
-	if name == "" {
-		name = "SIGTERM"
-	}
-	sig, err := parseSignal(name)
+	sig, err := parseSignal(cmp.Or(name, c.Labels[oci.StopSignalLabel], "SIGTERM"))
 	if err != nil {
 		return err
 	}

@@ -324,9 +324,7 @@ func (a *app) podLsCommand() *cobra.Command {
 			var rows [][]string
 			for _, r := range list {
 				handler, ip, id := r.Handler, "", r.ID
-				if handler == "" {
-					handler = "(default)"
-				}
+				handler = cmp.Or(handler, "(default)")
 				if len(r.IPs) > 0 {
 					ip = r.IPs[0]
 				}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -124,9 +125,7 @@ func (a *api) introspection() introspectionrpc.Source {
 			return info
 		},
 		Runtime: func(ctx context.Context, path string, options typed.Any) (introspectionrpc.RuntimeInfo, error) {
-			if path == "" {
-				path = defaultRuntime
-			}
+			path = cmp.Or(path, defaultRuntime)
 			i, err := a.manager.Info(ctx, path, options)
 			return introspectionrpc.RuntimeInfo{Name: i.Name, Version: i.Version, Revision: i.Revision, Options: i.Options, Features: i.Features, Annotations: i.Annotations}, err
 		},
@@ -258,15 +257,13 @@ func (a *api) ttrpc(c config.ServerSocket) lifecycle.Component {
 func serveUntil(ctx context.Context, serve func() error, stop func()) error {
 	var wg sync.WaitGroup
 	done := make(chan struct{})
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
+	wg.Go(func() {
 		select {
 		case <-ctx.Done():
 			stop()
 		case <-done:
 		}
-	}()
+	})
 	err := serve()
 	close(done)
 	wg.Wait()

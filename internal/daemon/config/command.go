@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -40,9 +41,7 @@ func WriteEffective(w io.Writer, c *Config) error {
 // imports and without defaults (`config migrate`). An empty path is
 // DefaultPath; a missing file is ErrNotFound.
 func WriteMigrated(w io.Writer, path string) ([]Warning, error) {
-	if path == "" {
-		path = DefaultPath
-	}
+	path = cmp.Or(path, DefaultPath)
 	data, err := readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)

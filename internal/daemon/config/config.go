@@ -17,7 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"sort"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -248,7 +248,7 @@ func (l *loader) expand(pattern, importer string, pos Pos) []string {
 		l.warnings = append(l.warnings, Warning{Pos: pos, Key: "imports", Kind: Import,
 			Msg: fmt.Sprintf("import %s is left out: %s", pattern, err)})
 	}
-	sort.Strings(found)
+	slices.Sort(found)
 	return found
 }
 
@@ -613,20 +613,6 @@ func (c *Config) Origin(path ...string) (pos Pos, ok bool) {
 		return Pos{}, false
 	}
 	return n.pos, true
-}
-
-// PluginNames lists the plugin blocks that were read, sorted.
-func (c *Config) PluginNames() []string {
-	plugins := c.read.at("plugins")
-	if !plugins.isTable() {
-		return nil
-	}
-	names := make([]string, 0, len(plugins.table))
-	for k := range plugins.table {
-		names = append(names, k)
-	}
-	sort.Strings(names)
-	return names
 }
 
 // Address is the path of the gRPC socket, TTRPCAddress of the ttrpc one.

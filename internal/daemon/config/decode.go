@@ -1,8 +1,10 @@
 package config
 
 import (
+	"cmp"
 	"encoding"
 	"fmt"
+	"maps"
 	"math"
 	"reflect"
 	"strings"
@@ -67,15 +69,10 @@ func fieldsOf(v reflect.Value) map[string]reflect.Value {
 			continue
 		}
 		if sf.Anonymous && name == "" && sf.Type.Kind() == reflect.Struct {
-			for k, f := range fieldsOf(v.Field(i)) {
-				fields[k] = f
-			}
+			maps.Copy(fields, fieldsOf(v.Field(i)))
 			continue
 		}
-		if name == "" {
-			name = sf.Name
-		}
-		fields[name] = v.Field(i)
+		fields[cmp.Or(name, sf.Name)] = v.Field(i)
 	}
 	return fields
 }

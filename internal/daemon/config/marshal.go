@@ -2,9 +2,11 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
+	"maps"
 	"math"
-	"sort"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -22,24 +24,13 @@ func marshal(root *node, origins bool) []byte {
 }
 
 func writeTable(b *bytes.Buffer, t *node, path []string, origins bool) {
-	ks := make([]string, 0, len(t.table))
-	for k := range t.table {
-		ks = append(ks, k)
-	}
 	rank := func(k string) int {
-		for i, o := range topOrder {
-			if len(path) == 0 && k == o {
-				return i
-			}
+		if i := slices.Index(topOrder, k); i >= 0 && len(path) == 0 {
+			return i
 		}
 		return len(topOrder)
 	}
-	sort.Slice(ks, func(i, j int) bool {
-		if a, c := rank(ks[i]), rank(ks[j]); a != c {
-			return a < c
-		}
-		return ks[i] < ks[j]
-	})
+	ks := slices.SortedFunc(maps.Keys(t.table), func(a, b string) int { return cmp.Or(cmp.Compare(rank(a), rank(b)), strings.Compare(a, b)) })
 	inner := strings.Repeat("  ", len(path))
 	for _, k := range ks {
 		v := t.table[k]
@@ -77,14 +68,9 @@ func writeTable(b *bytes.Buffer, t *node, path []string, origins bool) {
 func inline(n *node) string {
 	switch {
 	case n.table != nil:
-		ks := make([]string, 0, len(n.table))
-		for k := range n.table {
-			ks = append(ks, k)
-		}
-		sort.Strings(ks)
-		parts := make([]string, len(ks))
-		for i, k := range ks {
-			parts[i] = quoteKey(k) + " = " + inline(n.table[k])
+		var parts []string
+		for _, k := range slices.Sorted(maps.Keys(n.table)) {
+			parts = append(parts, quoteKey(k)+" = "+inline(n.table[k]))
 		}
 		return "{" + strings.Join(parts, ", ") + "}"
 	case n.list != nil:

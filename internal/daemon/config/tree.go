@@ -1,9 +1,11 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"sort"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -248,24 +250,10 @@ func (n *node) clone() *node {
 
 // keys in the order of the file, then by name.
 func (n *node) keys() []string {
-	ks := make([]string, 0, len(n.table))
-	for k := range n.table {
-		ks = append(ks, k)
-	}
-	sort.Slice(ks, func(i, j int) bool {
-		a, b := n.table[ks[i]].pos, n.table[ks[j]].pos
-		if a.File != b.File {
-			return a.File < b.File
-		}
-		if a.Line != b.Line {
-			return a.Line < b.Line
-		}
-		if a.Col != b.Col {
-			return a.Col < b.Col
-		}
-		return ks[i] < ks[j]
+	return slices.SortedFunc(maps.Keys(n.table), func(x, y string) int {
+		a, b := n.table[x].pos, n.table[y].pos
+		return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Col, b.Col), strings.Compare(x, y))
 	})
-	return ks
 }
 
 // zero tells whether the value is what Go calls zero: "", 0, false, empty.

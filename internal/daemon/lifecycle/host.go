@@ -9,7 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sort"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -277,8 +277,7 @@ func CleanTempMounts(dir string) error {
 	if err != nil {
 		return fmt.Errorf("clean %s: %w", dir, errors.Join(append(errs, err)...))
 	}
-	sort.Slice(entries, func(i, j int) bool { return entries[i].Name() > entries[j].Name() })
-	for _, e := range entries {
+	for _, e := range slices.Backward(entries) {
 		if err := unix.Rmdir(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("remove %s: %w", filepath.Join(dir, e.Name()), err))
 		}

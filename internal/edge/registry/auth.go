@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -9,7 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"sort"
+	"slices"
 	"strings"
 	"time"
 
@@ -180,7 +181,7 @@ func mergeScopes(want []string, asked string) []string {
 		}
 		kept = append(kept, v)
 	}
-	sort.Strings(kept)
+	slices.Sort(kept)
 	return kept
 }
 
@@ -350,9 +351,7 @@ func (p *peer) askToken(ctx context.Context, method string, u *url.URL, form url
 		return token{}, fmt.Errorf("token for %s: answer of %s: %v: %w", p.Address, redact(u), err, errdefs.ErrUnavailable)
 	}
 	tok := token{value: answer.AccessToken}
-	if tok.value == "" {
-		tok.value = answer.Token
-	}
+	tok.value = cmp.Or(tok.value, answer.Token)
 	if tok.value == "" || strings.ContainsAny(tok.value, "\r\n") {
 		return token{}, fmt.Errorf("token for %s: answer of %s has no usable token: %w", p.Address, redact(u), errdefs.ErrUnauthenticated)
 	}

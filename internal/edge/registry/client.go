@@ -1,12 +1,14 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -76,9 +78,7 @@ func New(cfg Config) *Client {
 	if cfg.Attempts <= 0 {
 		cfg.Attempts = 5
 	}
-	if cfg.UserAgent == "" {
-		cfg.UserAgent = "containerd/2.4.0"
-	}
+	cfg.UserAgent = cmp.Or(cfg.UserAgent, "containerd/2.4.0")
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -98,10 +98,7 @@ func (c *Client) Close() error {
 // Hosts returns the hosts that a reference's requests go to, in order, and
 // what its configuration says in vain.
 func (c *Client) Hosts(ref Reference, opts core.Options) ([]Host, []Warning, error) {
-	dirs := opts.HostDir
-	if dirs == "" {
-		dirs = c.cfg.ConfigPath
-	}
+	dirs := cmp.Or(opts.HostDir, c.cfg.ConfigPath)
 	switch opts.DefaultScheme {
 	case "", "http", "https":
 	default:
@@ -312,9 +309,7 @@ func (p *peer) base(req request) *url.URL {
 	p.mu.Unlock()
 	u := &url.URL{Scheme: scheme, Host: p.Address, Path: p.Path + req.path}
 	q := url.Values{}
-	for k, v := range req.query {
-		q[k] = v
-	}
+	maps.Copy(q, req.query)
 	if p.Mirror {
 		q.Set("ns", p.r.ref.Host)
 	}

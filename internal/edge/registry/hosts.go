@@ -15,7 +15,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"sort"
 	"strings"
 	"time"
 
@@ -572,14 +571,4 @@ func (h *Host) tlsConfig(own bool) (*tls.Config, string, error) {
 		}
 	}
 	return c, hex.EncodeToString(key.Sum(nil)), nil
-}
-
-// headerLines is h's header in a fixed order, for printing.
-func (h *Host) headerLines() []string {
-	var s []string
-	for k, v := range h.Header {
-		s = append(s, k+": "+strings.Join(v, ", "))
-	}
-	sort.Strings(s)
-	return s
 }

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -62,8 +64,8 @@ func TestHostsGolden(t *testing.T) {
 				if len(h.Client) > 0 {
 					fmt.Fprintf(&b, " client %q", h.Client)
 				}
-				for _, l := range h.headerLines() {
-					fmt.Fprintf(&b, " header %q", l)
+				for _, k := range slices.Sorted(maps.Keys(h.Header)) {
+					fmt.Fprintf(&b, " header %q", k+": "+strings.Join(h.Header[k], ", "))
 				}
 				fmt.Fprintf(&b, " from %q\n", h.Source)
 			}

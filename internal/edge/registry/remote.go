@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"compress/zlib"
 	"context"
 	"encoding/json"
@@ -190,9 +191,7 @@ func (m *remote) describedBody(resp *http.Response) (ocispec.Descriptor, error) 
 			mt = ocispec.MediaTypeImageManifest
 		}
 	}
-	if mt == "" {
-		mt = "application/octet-stream"
-	}
+	mt = cmp.Or(mt, "application/octet-stream")
 	return ocispec.Descriptor{MediaType: mt, Digest: d, Size: int64(b.Len())}, nil
 }
 

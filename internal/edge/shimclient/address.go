@@ -2,6 +2,7 @@ package shimclient
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -43,9 +44,7 @@ func (e endpoint) normal() endpoint {
 			e.Address, e.Protocol = rest, p
 		}
 	}
-	if e.Protocol == "" {
-		e.Protocol = "ttrpc"
-	}
+	e.Protocol = cmp.Or(e.Protocol, "ttrpc")
 	if e.Version <= 0 {
 		e.Version = 2
 	}

@@ -1,6 +1,7 @@
 package shimclient
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -159,9 +160,7 @@ func (t *entry) setExitLocked(x task.Exit) {
 		return
 	}
 	x.ID = string(t.key.id)
-	if x.Pid == 0 {
-		x.Pid = t.pid
-	}
+	x.Pid = cmp.Or(x.Pid, t.pid)
 	if x.At.IsZero() {
 		x.At = time.Now().UTC()
 	}

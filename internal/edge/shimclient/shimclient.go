@@ -11,7 +11,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -159,10 +161,7 @@ func (m *Manager) In(ns namespace.ID) (task.Store, error) {
 func (m *Manager) Close(ctx context.Context) error {
 	m.mu.Lock()
 	m.closed = true
-	links := make([]*link, 0, len(m.links))
-	for _, l := range m.links {
-		links = append(links, l)
-	}
+	links := slices.Collect(maps.Values(m.links))
 	m.mu.Unlock()
 	m.cancel()
 	for _, l := range links {

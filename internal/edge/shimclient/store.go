@@ -1,6 +1,7 @@
 package shimclient
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -314,9 +315,7 @@ func (t *entry) abandon(ctx context.Context, answer chan error, shim string) err
 	t.mu.Unlock()
 	if announced {
 		// Those who heard of the task have to hear that it is no more.
-		if x.Status == 0 {
-			x.Status = statusUnknownExit
-		}
+		x.Status = cmp.Or(x.Status, statusUnknownExit)
 		t.setExit(x)
 		x = t.getExit()
 		t.publishOwn(ctx, event.TopicTaskDelete, event.TaskDelete{ContainerID: x.ID, Pid: x.Pid, ExitStatus: x.Status, ExitedAt: x.At})
@@ -391,9 +390,7 @@ func restorePath(d *ocispec.Descriptor) (string, error) {
 func (m *Manager) shimToJoin(k key, c container.Container, opts task.CreateOptions) *endpoint {
 	if opts.APIAddress != "" {
 		e := endpoint{Address: opts.APIAddress, Version: int(opts.APIVersion)}
-		if e.Version == 0 {
-			e.Version = 3
-		}
+		e.Version = cmp.Or(e.Version, 3)
 		e = e.normal()
 		return &e
 	}
@@ -580,11 +577,7 @@ func gather[T any](ctx context.Context, entries []*entry, ask func(context.Conte
 	answers := make([]answer, len(entries))
 	var wg sync.WaitGroup
 	for i, t := range entries {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			answers[i].v, answers[i].ok = ask(ctx, t)
-		}()
+		wg.Go(func() { answers[i].v, answers[i].ok = ask(ctx, t) })
 	}
 	wg.Wait()
 	if err := ctx.Err(); err != nil {

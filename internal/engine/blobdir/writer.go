@@ -2,6 +2,7 @@ package blobdir
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -150,10 +151,7 @@ func (w *writer) create() error {
 	if w.file, err = f.OpenFile(w.dir+"/data", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644); err != nil {
 		return err
 	}
-	if err := fsx.WriteFile(f, w.dir+"/ref", []byte(w.status.Ref), 0o644); err != nil {
-		return err
-	}
-	return nil
+	return fsx.WriteFile(f, w.dir+"/ref", []byte(w.status.Ref), 0o644)
 }
 
 // toDisk makes files of an ingest that was kept in memory.
@@ -400,9 +398,7 @@ func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest,
 }
 
 func (w *writer) commit(ctx context.Context, size int64, expected digest.Digest) error {
-	if expected == "" {
-		expected = w.status.Expected
-	}
+	expected = cmp.Or(expected, w.status.Expected)
 	alg := w.alg
 	if expected != "" {
 		if _, err := blobPath(expected); err != nil {

@@ -1,6 +1,7 @@
 package boltmeta
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -529,9 +530,7 @@ func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest,
 	if err := ident.CheckLabels(labels); err != nil {
 		return fmt.Errorf("commit ingest %q: %w", w.entry.ref, err)
 	}
-	if expected == "" {
-		expected = w.expected
-	}
+	expected = cmp.Or(expected, w.expected)
 	i := content.Info{Digest: expected, Labels: nonEmpty(labels)}
 	if i.Digest == "" {
 		i.Digest = w.Digest()

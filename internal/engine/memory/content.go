@@ -338,9 +338,7 @@ func (w *ingestWriter) commit(size int64, expected digest.Digest, labels map[str
 	if w.closed {
 		return w.check("commit")
 	}
-	if expected == "" {
-		expected = w.in.status.Expected
-	}
+	expected = cmp.Or(expected, w.in.status.Expected)
 	dgst := expected
 	if dgst == "" {
 		dgst = w.in.digest()

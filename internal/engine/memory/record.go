@@ -418,12 +418,6 @@ func NewNamespaces(holds ...func(namespace.ID) []string) *Namespaces {
 	return &Namespaces{newTable[namespace.Namespace]("namespace"), holds}
 }
 
-// Touch makes the namespace if it is not there: what a write in it does
-// (contract 1.2.3).
-func (s *Namespaces) Touch(id namespace.ID) {
-	s.t.create(string(id), namespace.Namespace{ID: id}) // that it exists is as good
-}
-
 func cloneNamespace(n namespace.Namespace) namespace.Namespace {
 	n.Labels = labels(n.Labels)
 	return n

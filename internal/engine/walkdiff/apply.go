@@ -7,17 +7,19 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/diff"
 	"github.com/gantryd/gantry/core/mount"
 	"github.com/gantryd/gantry/internal/lib/mountx"
 	"github.com/gantryd/gantry/internal/lib/tarstream"
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // maxChain is how many processors one layer may need.
@@ -249,14 +251,7 @@ func isPlainBind(m mount.Mount) bool {
 	return bind && filepath.IsAbs(m.Source)
 }
 
-func isReadOnly(m mount.Mount) bool {
-	for _, o := range m.Options {
-		if o == "ro" {
-			return true
-		}
-	}
-	return false
-}
+func isReadOnly(m mount.Mount) bool { return slices.Contains(m.Options, "ro") }
 
 // overlayDirs is what an overlay mount consists of.
 type overlayDirs struct {

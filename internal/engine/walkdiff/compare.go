@@ -2,6 +2,7 @@ package walkdiff
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -12,13 +13,14 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/gantryd/gantry/core/content"
 	"github.com/gantryd/gantry/core/diff"
 	"github.com/gantryd/gantry/core/mount"
 	"github.com/gantryd/gantry/internal/lib/mountx"
 	"github.com/gantryd/gantry/internal/lib/tarstream"
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // abortTimeout bounds the clean-up of an ingest after the caller has gone.
@@ -26,9 +28,7 @@ const abortTimeout = 10 * time.Second
 
 // Compare implements diff.Comparer (contract 1.3.12, 3.3.3).
 func (e *Engine) Compare(ctx context.Context, lower, upper []mount.Mount, opts diff.CompareOptions) (ocispec.Descriptor, error) {
-	if opts.MediaType == "" {
-		opts.MediaType = ocispec.MediaTypeImageLayerGzip
-	}
+	opts.MediaType = cmp.Or(opts.MediaType, ocispec.MediaTypeImageLayerGzip)
 	if opts.Ref == "" {
 		opts.Ref = "walkdiff-" + rand.Text()
 	}

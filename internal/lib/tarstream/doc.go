@@ -10,6 +10,7 @@
 package tarstream
 
 import (
+	"cmp"
 	"strings"
 	"time"
 )
@@ -45,18 +46,10 @@ type Limits struct {
 }
 
 func (l Limits) withDefaults() Limits {
-	if l.Entries == 0 {
-		l.Entries = 8 << 20
-	}
-	if l.Path == 0 {
-		l.Path = 4096
-	}
-	if l.Xattrs == 0 {
-		l.Xattrs = 1 << 20
-	}
-	if l.Holes == 0 {
-		l.Holes = 64 << 30
-	}
+	l.Entries = cmp.Or(l.Entries, 8<<20)
+	l.Path = cmp.Or(l.Path, 4096)
+	l.Xattrs = cmp.Or(l.Xattrs, 1<<20)
+	l.Holes = cmp.Or(l.Holes, 64<<30)
 	return l
 }
 

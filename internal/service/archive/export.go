@@ -6,8 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"path"
-	"sort"
+	"slices"
 	"strings"
 	"time"
 
@@ -149,17 +150,14 @@ func (e *exporting) write(ctx context.Context, idx ocispec.Index) error {
 		return err
 	}
 	algorithms := map[string]bool{}
-	var order []digest.Digest
-	for d := range e.blobs {
-		order = append(order, d)
+	order := slices.Sorted(maps.Keys(e.blobs))
+	for _, d := range order {
 		algorithms[d.Algorithm().String()] = true
 	}
-	sort.Slice(order, func(a, b int) bool { return order[a] < order[b] })
 	dirs := []string{ocispec.ImageBlobsDir + "/"}
-	for a := range algorithms {
+	for _, a := range slices.Sorted(maps.Keys(algorithms)) {
 		dirs = append(dirs, ocispec.ImageBlobsDir+"/"+a+"/")
 	}
-	sort.Strings(dirs)
 	for _, d := range dirs {
 		if err := tw.WriteHeader(&tar.Header{Name: d, Typeflag: tar.TypeDir, Mode: 0o755, ModTime: time.Unix(0, 0)}); err != nil {
 			return err

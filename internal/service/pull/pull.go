@@ -107,10 +107,7 @@ func (s *Service) Pull(ctx context.Context, rec view.Records, remote registry.Re
 	if len(j.images) == 0 && len(j.others) == 0 {
 		return root, fmt.Errorf("nothing in %s matches the platforms asked for: %w", root.Digest, errdefs.ErrNotFound)
 	}
-	if err := j.layers(ctx); err != nil {
-		return root, err
-	}
-	return root, nil
+	return root, j.layers(ctx)
 }
 
 // job is one pull.
@@ -339,7 +336,7 @@ func (j *job) unpacks() (map[*imageOf][]string, error) {
 					has = append(has, platforms.FormatAll(*img.platform))
 				}
 			}
-			sort.Strings(has)
+			slices.Sort(has)
 			return nil, fmt.Errorf("unpack for platform %s: the image has only %v: %w", platforms.FormatAll(p), has, errdefs.ErrNotFound)
 		}
 		plan[best] = append(plan[best], u.Snapshotter)

@@ -3,7 +3,7 @@ package unpack
 import (
 	"context"
 	"fmt"
-	"sort"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -63,7 +63,7 @@ func (s *Service) Image(ctx context.Context, rec view.Records, target ocispec.De
 		return fmt.Errorf("unpack %s: %w", target.Digest, err)
 	}
 	if best == nil {
-		sort.Strings(has)
+		slices.Sort(has)
 		return fmt.Errorf("unpack %s for platform %s: the image has only %v: %w", target.Digest, platforms.FormatAll(p), has, errdefs.ErrNotFound)
 	}
 	there := func(context.Context, int) error { return nil }

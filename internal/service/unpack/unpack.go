@@ -5,6 +5,7 @@
 package unpack
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -47,9 +48,7 @@ type Service struct {
 // New makes a service. differ returns what applies layers from the content
 // store of a view.
 func New(differ func(view.Records) diff.Applier, opts Options) *Service {
-	if opts.Snapshotter == "" {
-		opts.Snapshotter = "overlayfs"
-	}
+	opts.Snapshotter = cmp.Or(opts.Snapshotter, "overlayfs")
 	if opts.Cleanup <= 0 {
 		opts.Cleanup = 30 * time.Second
 	}
@@ -69,9 +68,7 @@ func New(differ func(view.Records) diff.Applier, opts Options) *Service {
 // than the config says), and those of ready, the snapshotter and the differ.
 func (s *Service) Unpack(ctx context.Context, rec view.Records, m ocispec.Manifest, snapshotter string,
 	ready func(ctx context.Context, layer int) error, progress func(transfer.Progress)) error {
-	if snapshotter == "" {
-		snapshotter = s.opts.Snapshotter
-	}
+	snapshotter = cmp.Or(snapshotter, s.opts.Snapshotter)
 	sn, err := rec.Snapshots(snapshotter)
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)

@@ -6,6 +6,7 @@
 package bootstrap
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -141,10 +142,7 @@ func newDriver(namespace string, o *options.Options, limits libct.Limits, log *s
 	if namespace != filepath.Base(namespace) {
 		return nil, fmt.Errorf("namespace %q: %w", namespace, errdefs.ErrInvalidArgument)
 	}
-	root := o.Root
-	if root == "" {
-		root = defaultRoot
-	}
+	root := cmp.Or(o.Root, defaultRoot)
 	root = filepath.Join(root, namespace)
 	if o.BinaryName == "" {
 		return libct.New(root, limits, log), nil

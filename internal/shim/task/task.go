@@ -11,6 +11,7 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -485,10 +486,7 @@ func (s *Service) settleInit(c *container) {
 func (s *Service) stopped(p *process, e reaper.Exit) {
 	p.status = tasktypes.Status_STOPPED
 	p.exit = e
-	id := p.id
-	if id == "" {
-		id = p.c.id
-	}
+	id := cmp.Or(p.id, p.c.id)
 	s.Events.Publish("/tasks/exit", &events.TaskExit{
 		ContainerID: p.c.id, ID: id, Pid: uint32(p.pid), ExitStatus: e.Status, ExitedAt: timestamppb.New(e.At),
 	})

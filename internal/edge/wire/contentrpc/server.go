@@ -4,6 +4,7 @@
 package contentrpc
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -375,10 +376,7 @@ func (s *session) answer(action api.WriteAction) (*api.WriteContentResponse, err
 	if err != nil {
 		return nil, err
 	}
-	total := s.total
-	if total == 0 {
-		total = st.Total
-	}
+	total := cmp.Or(s.total, st.Total)
 	return &api.WriteContentResponse{
 		Action:    action,
 		Offset:    st.Offset,

@@ -2,6 +2,7 @@
 package taskrpc
 
 import (
+	"cmp"
 	"context"
 
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
@@ -229,9 +230,7 @@ func fromProto(p *tasktypes.Process, id container.ID) task.Process {
 		IO:         task.IO{Stdin: p.GetStdin(), Stdout: p.GetStdout(), Stderr: p.GetStderr(), Terminal: p.GetTerminal()},
 		ExitStatus: p.GetExitStatus(), ExitedAt: wire.TimeFromProto(p.GetExitedAt()),
 	}
-	if out.ContainerID == "" {
-		out.ContainerID = id
-	}
+	out.ContainerID = cmp.Or(out.ContainerID, id)
 	return out
 }
 
