@@ -135,11 +135,101 @@ func after(t time.Time) time.Time {
 	return now
 }
 
+// record is what images, containers and sandboxes have in common.
+type record[R any] interface {
+	Check() error
+	Field(path []string) (string, bool)
+	Merge(change R, paths ...string) (R, error)
+}
+
+// records are the methods that their stores have in common.
+type records[ID ~string, R record[R]] struct {
+	t     table[R]
+	clone func(R) R
+	id    func(R) ID
+	// times are where a record has those of its creation and last change.
+	times func(*R) (created, updated *time.Time)
+}
+
+// Get implements the store.
+func (s *records[ID, R]) Get(_ context.Context, id ID) (R, error) {
+	r, err := s.t.get(string(id))
+	return s.clone(r), err
+}
+
+// List implements the store.
+func (s *records[ID, R]) List(_ context.Context, filters ...string) ([]R, error) {
+	l, err := s.t.list(R.Field, filters)
+	for n := range l {
+		l[n] = s.clone(l[n])
+	}
+	return l, err
+}
+
+// Walk implements the store.
+func (s *records[ID, R]) Walk(ctx context.Context, fn func(R) error, filters ...string) error {
+	l, err := s.List(ctx, filters...)
+	if err != nil {
+		return err
+	}
+	for _, r := range l {
+		if err := fn(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Create implements the store.
+func (s *records[ID, R]) Create(_ context.Context, r R) (R, error) {
+	return s.create(r, time.Now().UTC())
+}
+
+func (s *records[ID, R]) create(r R, at time.Time) (R, error) {
+	if err := r.Check(); err != nil {
+		var none R
+		return none, err
+	}
+	r = s.clone(r)
+	created, updated := s.times(&r)
+	*created, *updated = at, at
+	r, err := s.t.create(string(s.id(r)), r)
+	return s.clone(r), err
+}
+
+// Update implements the store.
+func (s *records[ID, R]) Update(_ context.Context, r R, paths ...string) (R, error) {
+	return s.update(r, time.Time{}, paths)
+}
+
+// update changes a record at a time, or now.
+func (s *records[ID, R]) update(r R, at time.Time, paths []string) (R, error) {
+	r, err := s.t.update(string(s.id(r)), func(cur R) (R, error) {
+		out, err := cur.Merge(r, paths...)
+		if err != nil {
+			return cur, err
+		}
+		_, last := s.times(&cur)
+		_, updated := s.times(&out)
+		if *updated = at; at.IsZero() {
+			*updated = after(*last)
+		}
+		return s.clone(out), out.Check()
+	})
+	return s.clone(r), err
+}
+
+// Delete implements the store.
+func (s *records[ID, R]) Delete(_ context.Context, id ID) error { return s.t.remove(string(id), nil) }
+
 // Images is an image.Store. Delete with Sync waits for nothing: there is no collector.
-type Images struct{ t table[image.Image] }
+type Images struct{ records[string, image.Image] }
 
 // NewImages returns an empty store.
-func NewImages() *Images { return &Images{newTable[image.Image]("image")} }
+func NewImages() *Images {
+	return &Images{records[string, image.Image]{newTable[image.Image]("image"), cloneImage,
+		func(i image.Image) string { return i.Name }, func(i *image.Image) (created, updated *time.Time) { return &i.CreatedAt, &i.UpdatedAt }}}
+}
 
 func cloneImage(i image.Image) image.Image {
 	i.Labels = labels(i.Labels)
@@ -148,33 +238,13 @@ func cloneImage(i image.Image) image.Image {
 	return i
 }
 
-// Get implements image.Store.
-func (s *Images) Get(_ context.Context, name string) (image.Image, error) {
-	i, err := s.t.get(name)
-	return cloneImage(i), err
-}
-
-// List implements image.Store.
-func (s *Images) List(_ context.Context, filters ...string) ([]image.Image, error) {
-	l, err := s.t.list(image.Image.Field, filters)
-	for n := range l {
-		l[n] = cloneImage(l[n])
-	}
-	return l, err
-}
-
 // Create implements image.Store.
 func (s *Images) Create(_ context.Context, img image.Image) (image.Image, error) {
-	if err := img.Check(); err != nil {
-		return image.Image{}, err
+	at := img.CreatedAt
+	if at.IsZero() {
+		at = time.Now().UTC()
 	}
-	img = cloneImage(img)
-	if img.CreatedAt.IsZero() {
-		img.CreatedAt = time.Now().UTC()
-	}
-	img.UpdatedAt = img.CreatedAt
-	img, err := s.t.create(img.Name, img)
-	return cloneImage(img), err
+	return s.create(img, at)
 }
 
 // Update implements image.Store.
@@ -182,17 +252,7 @@ func (s *Images) Update(_ context.Context, img image.Image, paths ...string) (im
 	if img.Name == "" {
 		return image.Image{}, fmt.Errorf("image name must not be empty: %w", errdefs.ErrInvalidArgument)
 	}
-	img, err := s.t.update(img.Name, func(cur image.Image) (image.Image, error) {
-		out, err := cur.Merge(img, paths...)
-		if err != nil {
-			return cur, err
-		}
-		if out.UpdatedAt = img.UpdatedAt; out.UpdatedAt.IsZero() {
-			out.UpdatedAt = after(cur.UpdatedAt)
-		}
-		return cloneImage(out), out.Check()
-	})
-	return cloneImage(img), err
+	return s.update(img, img.UpdatedAt, paths)
 }
 
 // Delete implements image.Store.
@@ -206,11 +266,15 @@ func (s *Images) Delete(_ context.Context, name string, opts image.DeleteOptions
 }
 
 // Containers is a container.Store.
-type Containers struct{ t table[container.Container] }
+type Containers struct {
+	records[container.ID, container.Container]
+}
 
 // NewContainers returns an empty store.
 func NewContainers() *Containers {
-	return &Containers{newTable[container.Container]("container")}
+	return &Containers{records[container.ID, container.Container]{newTable[container.Container]("container"), cloneContainer,
+		func(c container.Container) container.ID { return c.ID },
+		func(c *container.Container) (created, updated *time.Time) { return &c.CreatedAt, &c.UpdatedAt }}}
 }
 
 func cloneContainer(c container.Container) container.Container {
@@ -221,61 +285,17 @@ func cloneContainer(c container.Container) container.Container {
 	return c
 }
 
-// Get implements container.Store.
-func (s *Containers) Get(_ context.Context, id container.ID) (container.Container, error) {
-	c, err := s.t.get(string(id))
-	return cloneContainer(c), err
-}
-
-// Walk implements container.Store.
-func (s *Containers) Walk(_ context.Context, fn func(container.Container) error, filters ...string) error {
-	l, err := s.t.list(container.Container.Field, filters)
-	if err != nil {
-		return err
-	}
-	for _, c := range l {
-		if err := fn(cloneContainer(c)); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Create implements container.Store.
-func (s *Containers) Create(_ context.Context, c container.Container) (container.Container, error) {
-	if err := c.Check(); err != nil {
-		return container.Container{}, err
-	}
-	c = cloneContainer(c)
-	c.CreatedAt = time.Now().UTC()
-	c.UpdatedAt = c.CreatedAt
-	c, err := s.t.create(string(c.ID), c)
-	return cloneContainer(c), err
-}
-
-// Update implements container.Store.
-func (s *Containers) Update(_ context.Context, c container.Container, paths ...string) (container.Container, error) {
-	c, err := s.t.update(string(c.ID), func(cur container.Container) (container.Container, error) {
-		out, err := cur.Merge(c, paths...)
-		if err != nil {
-			return cur, err
-		}
-		out.UpdatedAt = after(cur.UpdatedAt)
-		return cloneContainer(out), out.Check()
-	})
-	return cloneContainer(c), err
-}
-
-// Delete implements container.Store.
-func (s *Containers) Delete(_ context.Context, id container.ID) error {
-	return s.t.remove(string(id), nil)
-}
-
 // Sandboxes is a sandbox.Store.
-type Sandboxes struct{ t table[sandbox.Sandbox] }
+type Sandboxes struct {
+	records[string, sandbox.Sandbox]
+}
 
 // NewSandboxes returns an empty store.
-func NewSandboxes() *Sandboxes { return &Sandboxes{newTable[sandbox.Sandbox]("sandbox")} }
+func NewSandboxes() *Sandboxes {
+	return &Sandboxes{records[string, sandbox.Sandbox]{newTable[sandbox.Sandbox]("sandbox"), cloneSandbox,
+		func(b sandbox.Sandbox) string { return b.ID },
+		func(b *sandbox.Sandbox) (created, updated *time.Time) { return &b.CreatedAt, &b.UpdatedAt }}}
+}
 
 func cloneSandbox(b sandbox.Sandbox) sandbox.Sandbox {
 	b.Labels = labels(b.Labels)
@@ -284,49 +304,6 @@ func cloneSandbox(b sandbox.Sandbox) sandbox.Sandbox {
 	b.Runtime.Options = cloneAny(b.Runtime.Options)
 	return b
 }
-
-// Get implements sandbox.Store.
-func (s *Sandboxes) Get(_ context.Context, id string) (sandbox.Sandbox, error) {
-	b, err := s.t.get(id)
-	return cloneSandbox(b), err
-}
-
-// List implements sandbox.Store.
-func (s *Sandboxes) List(_ context.Context, filters ...string) ([]sandbox.Sandbox, error) {
-	l, err := s.t.list(sandbox.Sandbox.Field, filters)
-	for n := range l {
-		l[n] = cloneSandbox(l[n])
-	}
-	return l, err
-}
-
-// Create implements sandbox.Store.
-func (s *Sandboxes) Create(_ context.Context, b sandbox.Sandbox) (sandbox.Sandbox, error) {
-	if err := b.Check(); err != nil {
-		return sandbox.Sandbox{}, err
-	}
-	b = cloneSandbox(b)
-	b.CreatedAt = time.Now().UTC()
-	b.UpdatedAt = b.CreatedAt
-	b, err := s.t.create(b.ID, b)
-	return cloneSandbox(b), err
-}
-
-// Update implements sandbox.Store.
-func (s *Sandboxes) Update(_ context.Context, b sandbox.Sandbox, paths ...string) (sandbox.Sandbox, error) {
-	b, err := s.t.update(b.ID, func(cur sandbox.Sandbox) (sandbox.Sandbox, error) {
-		out, err := cur.Merge(b, paths...)
-		if err != nil {
-			return cur, err
-		}
-		out.UpdatedAt = after(cur.UpdatedAt)
-		return cloneSandbox(out), out.Check()
-	})
-	return cloneSandbox(b), err
-}
-
-// Delete implements sandbox.Store.
-func (s *Sandboxes) Delete(_ context.Context, id string) error { return s.t.remove(id, nil) }
 
 // leased is a lease and what it holds.
 type leased struct {
