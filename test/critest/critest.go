@@ -2,7 +2,7 @@
 
 // Package critest runs gantryd as a kubelet does: a node with networks of real
 // CNI plugins, images from a registry on loopback, and the CRI's own client.
-// Everything happens in network and mount namespaces of the test's own.
+// Everything happens in network, mount and IPC namespaces of the test's own.
 package critest
 
 import (
@@ -34,14 +34,14 @@ import (
 // inside is set in the environment of the process that runs in namespaces of its own.
 const inside = "GANTRY_CRITEST_INSIDE"
 
-// Main runs the tests of a suite, as daemontest.Main does, in a network and a
+// Main runs the tests of a suite, as daemontest.Main does, in a network, an IPC and a
 // mount namespace of their own, with only loopback up.
 func Main(m interface{ Run() int }, root string, bin *string) int {
 	if os.Geteuid() == 0 && os.Getenv(inside) == "" {
 		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 		cmd.Env = append(os.Environ(), inside+"=1")
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC, Pdeathsig: syscall.SIGKILL}
 		if err := cmd.Run(); err != nil {
 			if cmd.ProcessState != nil && cmd.ProcessState.ExitCode() > 0 {
 				return cmd.ProcessState.ExitCode()
