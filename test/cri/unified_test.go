@@ -80,13 +80,14 @@ func TestUnifiedLimits(t *testing.T) {
 		dir := cgroupDir(t, c, "")
 		check := func(limits map[string]string) {
 			t.Helper()
+			inside := c.Exec("cd /sys/fs/cgroup; grep . memory.max memory.swap.max memory.low pids.max cpu.max")
 			for file, want := range limits {
 				b, err := os.ReadFile(filepath.Join(dir, file))
 				if got := strings.TrimSpace(string(b)); err != nil || got != want {
 					t.Errorf("%s is %q, want %q: %v", file, got, want, err)
 				}
-				if got := strings.TrimSpace(c.Exec("cat /sys/fs/cgroup/" + file)); got != want {
-					t.Errorf("inside, %s is %q, want %q", file, got, want)
+				if !strings.Contains(inside, file+":"+want+"\n") {
+					t.Errorf("inside, %s is not %q: %s", file, want, inside)
 				}
 			}
 		}
