@@ -114,9 +114,9 @@ func TestLife(t *testing.T) {
 	if n := s.Names(id); n.Ref() != byDigest || n.Tag != repo+":1" {
 		t.Errorf("names %+v", n)
 	}
-	for _, filter := range []string{"", repo + ":2", "absent"} {
+	for _, filter := range []string{"", repo + ":2", repo, "absent", repo[:len(repo)-1]} {
 		l, err := s.ListImages(t.Context(), &runtime.ListImagesRequest{Filter: &runtime.ImageFilter{Image: &runtime.ImageSpec{Image: filter}}})
-		if err != nil || len(l.Images) != map[bool]int{true: 0, false: 1}[filter == "absent"] {
+		if err != nil || len(l.Images) != map[bool]int{true: 0, false: 1}[filter == "absent" || filter == repo[:len(repo)-1]] {
 			t.Errorf("list %q: %v, %v", filter, l, err)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -33,11 +34,24 @@ func (e *entry) answer() *runtime.Image {
 	return out
 }
 
-// filtered are the images that a filter names, all if it is empty.
+// filtered are the images that a filter names, all if it is empty; a repository
+// names all of its images.
 func (s *Service) filtered(f *runtime.ImageFilter) ([]*entry, error) {
 	name := f.GetImage().GetImage()
 	if name == "" {
 		return s.index.list(), nil
+	}
+	if named, err := reference.ParseNormalizedNamed(name); err == nil && reference.IsNameOnly(named) {
+		of := slices.DeleteFunc(s.index.list(), func(e *entry) bool {
+			tags, digests := e.split()
+			return !slices.ContainsFunc(append(tags, digests...), func(ref string) bool {
+				rest, ok := strings.CutPrefix(ref, named.Name())
+				return ok && strings.IndexAny(rest, ":@") == 0
+			})
+		})
+		if len(of) > 0 {
+			return of, nil
+		}
 	}
 	e, err := s.index.find(name)
 	if errdefs.IsNotFound(err) {
