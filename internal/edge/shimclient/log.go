@@ -48,6 +48,19 @@ func (m *Manager) openLog(k key, b bundle) (*shimLog, error) {
 
 func (s *shimLog) close() { s.f.Close() }
 
+// keepLog lets the link drain logs as long as it lasts, if it has no other: a
+// shim has the log of the container that it was started for.
+func (l *link) keepLog(logs *shimLog) {
+	l.mu.Lock()
+	if l.logs == nil && !l.isOver {
+		l.logs, logs = logs, nil
+	}
+	l.mu.Unlock()
+	if logs != nil {
+		logs.close()
+	}
+}
+
 // logLine logs a shim's line under the level and with the message it has, in
 // either of the two forms that shims use; other lines as they are.
 func logLine(log *slog.Logger, line string) {

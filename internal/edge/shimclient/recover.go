@@ -235,14 +235,7 @@ func (t *entry) examineShim(ctx context.Context) (reconcile.Shim, reconcile.Know
 		t.link = l
 		t.mu.Unlock()
 		if logs, err := m.openLog(t.key, t.bundle); err == nil {
-			l.mu.Lock()
-			if l.logs == nil && !l.isOver {
-				l.logs, logs = logs, nil
-			}
-			l.mu.Unlock()
-			if logs != nil {
-				logs.close()
-			}
+			l.keepLog(logs)
 		}
 	}
 	if err := l.probe(ctx, t.key); err != nil {

@@ -699,14 +699,7 @@ func (p *pod) adopt(ctx context.Context) (alive bool, err error) {
 		p.link = l
 		p.mu.Unlock()
 		if logs, err := p.m.openLog(p.key, p.bundle); err == nil {
-			l.mu.Lock()
-			if l.logs == nil && !l.isOver {
-				l.logs, logs = logs, nil
-			}
-			l.mu.Unlock()
-			if logs != nil {
-				logs.close()
-			}
+			l.keepLog(logs)
 		}
 	}
 	if err := l.probe(ctx, p.key); err != nil {

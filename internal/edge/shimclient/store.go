@@ -238,7 +238,6 @@ func (m *Manager) startLink(ctx context.Context, u user, shim string, runtimeOpt
 	if err != nil {
 		return nil, err
 	}
-	kept := false
 	// Undone after the shim has ended: one that opens its log blocks until
 	// somebody reads it.
 	back.Push("close shim log", func(context.Context) error {
@@ -272,14 +271,7 @@ func (m *Manager) startLink(ctx context.Context, u user, shim string, runtimeOpt
 			return nil, err
 		}
 		m.opt.Faults.Pass("task.shim-recorded")
-		l.mu.Lock()
-		if l.logs == nil && !l.isOver {
-			l.logs, kept = logs, true
-		}
-		l.mu.Unlock()
-		if !kept {
-			logs.close() // the shim has the log of the container it was started for
-		}
+		l.keepLog(logs)
 		return l, nil
 	}
 }
