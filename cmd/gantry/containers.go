@@ -22,6 +22,7 @@ import (
 	"github.com/gantryd/gantry/core/container"
 	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/lib/typo"
 	"github.com/gantryd/gantry/oci"
 )
 
@@ -80,40 +81,13 @@ func (a *app) find(ctx context.Context, v view.View, ref string) (container.Cont
 	if errors.As(err, &h) {
 		return c, err
 	}
-	best, distance := "", max(1, len(ref)/3)
-	if werr := v.Containers().Walk(ctx, func(c container.Container) error {
-		if d := editDistance(ref, string(c.ID), distance); d <= distance && (best == "" || d < distance) {
-			best, distance = string(c.ID), d
+	var names []string
+	if v.Containers().Walk(ctx, func(c container.Container) error { names = append(names, string(c.ID)); return nil }) == nil {
+		if best := typo.Closest(ref, names, max(1, len(ref)/3)); best != "" {
+			return c, &hinted{err, fmt.Sprintf("did you mean %s?", best)}
 		}
-		return nil
-	}); werr == nil && best != "" {
-		return c, &hinted{err, fmt.Sprintf("did you mean %s?", best)}
 	}
 	return c, &hinted{err, "list all containers with: gantry ps -a"}
-}
-
-// editDistance is how many letters must change to make b of a, or more than
-// most if it is more.
-func editDistance(a, b string, most int) int {
-	if len(a)-len(b) > most || len(b)-len(a) > most {
-		return most + 1
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		corner := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			d := corner
-			if a[i] != b[j] {
-				d = 1 + min(corner, row[j], row[j+1])
-			}
-			corner, row[j+1] = row[j+1], d
-		}
-	}
-	return row[len(b)]
 }
 
 // onContainers makes a command of what it does with several containers.

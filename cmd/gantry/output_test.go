@@ -145,20 +145,6 @@ func TestParsePsFilters(t *testing.T) {
 	}
 }
 
-func TestEditDistance(t *testing.T) {
-	for _, c := range []struct {
-		a, b string
-		want int
-	}{{"web", "web", 0}, {"wob", "web", 1}, {"websrver", "webserver", 1}, {"abc", "xyz", 3}} {
-		if got := editDistance(c.a, c.b, 3); got != c.want {
-			t.Errorf("%s, %s: %d", c.a, c.b, got)
-		}
-	}
-	if got := editDistance("a", "abcdef", 2); got <= 2 {
-		t.Errorf("too far apart: %d", got)
-	}
-}
-
 // logDir writes files of kept output: the newest last.
 func logDir(t *testing.T, files ...string) string {
 	t.Helper()

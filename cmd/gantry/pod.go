@@ -20,6 +20,7 @@ import (
 
 	"github.com/gantryd/gantry/core/namespace"
 	"github.com/gantryd/gantry/core/view"
+	"github.com/gantryd/gantry/internal/lib/typo"
 )
 
 // kubernetesNamespace is where the CRI keeps what it makes.
@@ -200,14 +201,11 @@ func (p *pods) find(ctx context.Context, ref string) (*runtime.PodSandbox, error
 			return nil, &hinted{absent, fmt.Sprintf("it is in namespace %s: say %s", x.GetMetadata().GetNamespace(), podTitle(x.GetMetadata()))}
 		}
 	}
-	best, distance := "", max(1, len(ref)/3)
+	var names []string
 	for _, x := range list {
-		for _, name := range []string{x.GetMetadata().GetName(), podTitle(x.GetMetadata())} {
-			if d := editDistance(ref, name, distance); d <= distance && (best == "" || d < distance) {
-				best, distance = name, d
-			}
-		}
+		names = append(names, x.GetMetadata().GetName(), podTitle(x.GetMetadata()))
 	}
+	best := typo.Closest(ref, names, max(1, len(ref)/3))
 	// People leave out what a deployment has added to the name.
 	for _, x := range list {
 		if name := x.GetMetadata().GetName(); best == "" && strings.HasPrefix(name, ref) {

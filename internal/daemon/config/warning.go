@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/gantryd/gantry/internal/lib/typo"
 )
 
 // Kind says what sort of a finding a Warning is.
@@ -62,39 +64,14 @@ func strictError(ws []Warning) error {
 
 // nearest finds a known key that was probably meant, "" if none is close.
 func nearest(key string, known []string) string {
-	best, bestD := "", 3
+	best, most := "", 2
 	for _, k := range known {
-		if k == "*" {
+		if k == "*" || len(key) > 256 {
 			continue
 		}
-		d := distance(strings.ToLower(key), strings.ToLower(k), bestD)
-		if d < bestD && d < len(k) {
-			best, bestD = k, d
+		if d := typo.Distance(strings.ToLower(key), strings.ToLower(k), most); d <= most && d < len(k) {
+			best, most = k, d-1
 		}
 	}
 	return best
-}
-
-// distance is the edit distance of two keys, given up at limit.
-func distance(a, b string, limit int) int {
-	if len(a)-len(b) >= limit || len(b)-len(a) >= limit || len(a) > 256 {
-		return limit
-	}
-	prev := make([]int, len(b)+1)
-	for j := range prev {
-		prev[j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		cur := make([]int, len(b)+1)
-		cur[0] = i
-		for j := 1; j <= len(b); j++ {
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
-			}
-			cur[j] = min(prev[j]+1, cur[j-1]+1, prev[j-1]+cost)
-		}
-		prev = cur
-	}
-	return prev[len(b)]
 }
