@@ -179,6 +179,9 @@ func (s *Service) Info(ctx context.Context, id string) (map[string]string, error
 	if !rec.Runtime.Options.IsZero() {
 		out.RuntimeOptions = &rec.Runtime.Options
 	}
+	if full, err := cristate.DecodeContainer(rec.Extensions[cristate.ExtensionContainer]); err == nil {
+		out.Config = full.Config // of one that has ended, less is in memory
+	}
 	if out.RuntimeSpec, err = decodeSpec(rec); err != nil {
 		return nil, err
 	}

@@ -20,7 +20,9 @@ type ContainerMeta struct {
 	ID        string
 	Name      string
 	SandboxID string
-	Config    *runtime.ContainerConfig
+	// Config is the request; in memory, of a container that has ended, what
+	// clients are still told of.
+	Config *runtime.ContainerConfig
 	// ImageRef is the id of the image: the digest of its configuration.
 	ImageRef string
 	// LogPath is absolute, "" if the output is not kept.
@@ -96,11 +98,29 @@ type Container struct {
 
 // NewContainer makes a container whose status is kept in dir.
 func NewContainer(meta ContainerMeta, st Status, dir string) *Container {
-	c := &Container{dir: dir, meta: meta, st: st, gone: make(chan struct{})}
-	if st.FinishedAt != 0 {
-		close(c.gone)
-	}
+	c := &Container{dir: dir, meta: meta, gone: make(chan struct{})}
+	c.set(st)
 	return c
+}
+
+// set replaces the status; the caller holds the lock, if anybody else knows c.
+func (c *Container) set(st Status) {
+	if st.FinishedAt != 0 && c.st.FinishedAt == 0 {
+		close(c.gone)
+		c.meta.Config = remembered(c.meta.Config)
+	}
+	c.st = st
+}
+
+// remembered is what is still told of a container that has ended: a node may
+// have tens of thousands, and how they were to run is in their records (promise P23).
+func remembered(c *runtime.ContainerConfig) *runtime.ContainerConfig {
+	out := &runtime.ContainerConfig{Metadata: c.GetMetadata(), Image: c.GetImage(), Labels: c.GetLabels(), Annotations: c.GetAnnotations(), Mounts: c.GetMounts(), LogPath: c.GetLogPath(),
+		Stdin: c.GetStdin(), StdinOnce: c.GetStdinOnce(), Tty: c.GetTty(), CDIDevices: c.GetCDIDevices(), StopSignal: c.GetStopSignal()}
+	if p := c.GetLinux().GetSecurityContext().GetSeccomp(); p != nil {
+		out.Linux = &runtime.LinuxContainerConfig{SecurityContext: &runtime.LinuxContainerSecurityContext{Seccomp: p}}
+	}
+	return out
 }
 
 func (c *Container) key() (string, string) {
@@ -164,10 +184,7 @@ func (c *Container) Change(fn func(*Status) error) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if st.FinishedAt != 0 && c.st.FinishedAt == 0 {
-		close(c.gone)
-	}
-	c.st = st
+	c.set(st)
 	return nil
 }
 

@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"testing"
 	"time"
@@ -120,6 +122,68 @@ func TestIndex(t *testing.T) {
 	x.Remove("b")
 	if _, ok := x.ByName(podMeta("b").Name); ok || len(x.List()) != 2 {
 		t.Error("it is still there")
+	}
+}
+
+// Tens of thousands of containers that have ended fit into a daemon's memory:
+// what nobody is told of any more is not kept of them.
+//
+// promise: P23
+func TestEndedContainersAreSmall(t *testing.T) {
+	const n, most = 2000, 5000 // bytes; it was 8 KB
+	request := func(i int) *runtime.ContainerConfig {
+		uid, id := fmt.Sprintf("%036d", i), fmt.Sprint(i)
+		c := &runtime.ContainerConfig{Metadata: &runtime.ContainerMetadata{Name: "container", Attempt: uint32(i)}, LogPath: "container/" + id + ".log",
+			Image: &runtime.ImageSpec{Image: "sha256:" + strings.Repeat("a", 64), UserSpecifiedImage: "registry.example/image:v1"}, Command: []string{"/bin/server"}, Args: []string{"--listen=0.0.0.0:8080"},
+			Labels: map[string]string{"io.kubernetes.container.name": "container", "io.kubernetes.pod.name": "pod-" + id, "io.kubernetes.pod.namespace": "default", "io.kubernetes.pod.uid": uid},
+			Annotations: map[string]string{"io.kubernetes.container.hash": "8f3b2a1c", "io.kubernetes.container.restartCount": id, "io.kubernetes.container.terminationMessagePath": "/dev/termination-log",
+				"io.kubernetes.container.terminationMessagePolicy": "File", "io.kubernetes.pod.terminationGracePeriod": "30"},
+			Linux: &runtime.LinuxContainerConfig{Resources: &runtime.LinuxContainerResources{CpuShares: 100}, SecurityContext: &runtime.LinuxContainerSecurityContext{Seccomp: &runtime.SecurityProfile{},
+				MaskedPaths: []string{"/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/scsi", "/sys/firmware"}}}}
+		for j := range 14 {
+			c.Envs = append(c.Envs, &runtime.KeyValue{Key: fmt.Sprint("SERVICE_", j), Value: []byte("tcp://10.96.0.1:443")})
+		}
+		for j := range 5 {
+			c.Mounts = append(c.Mounts, &runtime.Mount{ContainerPath: fmt.Sprint("/secrets/", j), HostPath: fmt.Sprint("/var/lib/kubelet/pods/", uid, "/volumes/", j)})
+		}
+		return c
+	}
+	heap := func() uint64 {
+		goruntime.GC()
+		var m goruntime.MemStats
+		goruntime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	all, before, dir := NewContainers(), heap(), t.TempDir()
+	for i := range n {
+		stored, err := EncodeContainer(ContainerMeta{ID: fmt.Sprintf("%064d", i), Name: fmt.Sprint("container_pod_", i), SandboxID: fmt.Sprintf("%064d", i), Config: request(i), LogPath: fmt.Sprint("/var/log/pods/", i)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := DecodeContainer(stored)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := NewContainer(m, Status{CreatedAt: 1, StartedAt: 2}, dir)
+		if i%2 == 0 { // as after a restart of the daemon
+			c = NewContainer(m, Status{CreatedAt: 1, StartedAt: 2, FinishedAt: 3}, dir)
+		} else if err := c.Change(func(st *Status) error { st.FinishedAt = 3; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if err := all.Add(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if each := (heap() - before) / n; each > most {
+		t.Errorf("each takes %d bytes", each)
+	} else {
+		t.Logf("each takes %d bytes", each)
+	}
+	c := all.List()[n/2]
+	want := request(int(c.Meta().Config.Metadata.Attempt))
+	got := c.Answer(ImageNames{})
+	if len(got.Mounts) != 5 || len(got.Labels) != 4 || len(got.Annotations) != 5 || got.Mounts[1].HostPath != want.Mounts[1].HostPath || c.Meta().Config.Linux.SecurityContext.Seccomp == nil || c.Meta().Config.Envs != nil {
+		t.Errorf("%v", got)
 	}
 }
 
