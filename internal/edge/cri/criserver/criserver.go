@@ -315,13 +315,15 @@ func (s *Server) timed(name string, c *cristate.Container, do func(id string) er
 	return s.timers.done(name, begin, do(c.ID()), kind)
 }
 
-// PodSandboxStatus tells all about a pod (contract 7.1.8).
+// PodSandboxStatus tells all about a pod (contract 7.1.8). As in containerd, the
+// answer has no timestamp: to one that has, kubelets up to 1.37 with EventedPLEG
+// forget which containers are the pod's own, and run its init containers forever.
 func (s *Server) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
 	p, err := s.pods.Get(r.GetPodSandboxId())
 	if err != nil {
 		return nil, err
 	}
-	resp := &runtime.PodSandboxStatusResponse{Timestamp: time.Now().UnixNano(), Status: p.Answer(), ContainersStatuses: s.d.Notifier.Statuses(p.ID())}
+	resp := &runtime.PodSandboxStatusResponse{Status: p.Answer(), ContainersStatuses: s.d.Notifier.Statuses(p.ID())}
 	if r.GetVerbose() {
 		if resp.Info, err = s.d.Pods.Info(ctx, p.ID()); err != nil {
 			return nil, err

@@ -460,7 +460,7 @@ func TestUnknownAndShort(t *testing.T) {
 		t.Errorf("%v %v", r, err)
 	}
 	st, err := h.rt.PodSandboxStatus(h.ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: "p1", Verbose: true})
-	if err != nil || st.Info["info"] != "p123" || len(st.ContainersStatuses) != 1 || st.Timestamp == 0 {
+	if err != nil || st.Info["info"] != "p123" || len(st.ContainersStatuses) != 1 || st.Timestamp != 0 {
 		t.Errorf("%v %v", st, err)
 	}
 	cs, err := h.rt.ContainerStatus(h.ctx, &runtime.ContainerStatusRequest{ContainerId: "c1", Verbose: true})
