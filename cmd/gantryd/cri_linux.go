@@ -203,7 +203,13 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 
 	var opened atomic.Bool
 	c := &cri{tcp: !serverConfig.DisableTCPService, network: network, networks: config.CNI.ConfDir, server: criserver.New(criserver.Deps{Notifier: notifier, Pods: podService, Containers: containerService, Images: images, Execs: streams, Streams: server,
-		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Config: config, Driver: cgroupDriver(config, "/run/systemd/system"), Version: version, Metrics: d.metrics, Log: log,
+		Stats: stats, Network: network, Runtime: config, Ready: d.ready, Deprecations: d.deprecations, Driver: cgroupDriver(config, "/run/systemd/system"), Version: version, Metrics: d.metrics, Log: log,
+		Config: struct { // for scripts, in containerd's names
+			cristate.RuntimeConfig
+			ContainerdRootDir string `json:"containerdRootDir"`
+			RootDir           string `json:"rootDir"`
+			StateDir          string `json:"stateDir"`
+		}{config, d.root, root, state},
 		Features: func(ctx context.Context, _ string, rt cristate.Runtime) criserver.Features {
 			return look.features(ctx, rt)
 		},

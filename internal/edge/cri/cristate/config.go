@@ -15,68 +15,69 @@ const (
 	ImagesURI  = "io.containerd.cri.v1.images"
 )
 
-// RuntimeConfig is the block of pods and containers.
+// RuntimeConfig is the block of pods and containers. As JSON it has containerd's
+// names, which scripts read in a verbose status.
 type RuntimeConfig struct {
-	EnableSELinux                      bool     `toml:"enable_selinux"`
-	SELinuxCategoryRange               int      `toml:"selinux_category_range"`
-	MaxContainerLogLineSize            int      `toml:"max_container_log_line_size"`
-	DisableAppArmor                    bool     `toml:"disable_apparmor"`
-	RestrictOOMScoreAdj                bool     `toml:"restrict_oom_score_adj"`
-	DisableProcMount                   bool     `toml:"disable_proc_mount"`
-	UnsetSeccompProfile                string   `toml:"unset_seccomp_profile"`
-	TolerateMissingHugetlbController   bool     `toml:"tolerate_missing_hugetlb_controller"`
-	DisableHugetlbController           bool     `toml:"disable_hugetlb_controller"`
-	DeviceOwnershipFromSecurityContext bool     `toml:"device_ownership_from_security_context"`
-	IgnoreImageDefinedVolumes          bool     `toml:"ignore_image_defined_volumes"`
-	NetNSMountsUnderStateDir           bool     `toml:"netns_mounts_under_state_dir"`
-	EnableUnprivilegedPorts            bool     `toml:"enable_unprivileged_ports"`
-	EnableUnprivilegedICMP             bool     `toml:"enable_unprivileged_icmp"`
-	EnableCDI                          bool     `toml:"enable_cdi"`
-	CDISpecDirs                        []string `toml:"cdi_spec_dirs"`
-	DrainExecSyncIOTimeout             string   `toml:"drain_exec_sync_io_timeout"`
-	IgnoreDeprecationWarnings          []string `toml:"ignore_deprecation_warnings"`
-	StatsCollectPeriod                 string   `toml:"stats_collect_period"`
-	StatsRetentionPeriod               string   `toml:"stats_retention_period"`
+	EnableSELinux                      bool     `toml:"enable_selinux" json:"enableSelinux"`
+	SELinuxCategoryRange               int      `toml:"selinux_category_range" json:"selinuxCategoryRange"`
+	MaxContainerLogLineSize            int      `toml:"max_container_log_line_size" json:"maxContainerLogLineSize"`
+	DisableAppArmor                    bool     `toml:"disable_apparmor" json:"disableApparmor"`
+	RestrictOOMScoreAdj                bool     `toml:"restrict_oom_score_adj" json:"restrictOOMScoreAdj"`
+	DisableProcMount                   bool     `toml:"disable_proc_mount" json:"disableProcMount"`
+	UnsetSeccompProfile                string   `toml:"unset_seccomp_profile" json:"unsetSeccompProfile"`
+	TolerateMissingHugetlbController   bool     `toml:"tolerate_missing_hugetlb_controller" json:"tolerateMissingHugetlbController"`
+	DisableHugetlbController           bool     `toml:"disable_hugetlb_controller" json:"disableHugetlbController"`
+	DeviceOwnershipFromSecurityContext bool     `toml:"device_ownership_from_security_context" json:"device_ownership_from_security_context"`
+	IgnoreImageDefinedVolumes          bool     `toml:"ignore_image_defined_volumes" json:"ignoreImageDefinedVolumes"`
+	NetNSMountsUnderStateDir           bool     `toml:"netns_mounts_under_state_dir" json:"netnsMountsUnderStateDir"`
+	EnableUnprivilegedPorts            bool     `toml:"enable_unprivileged_ports" json:"enableUnprivilegedPorts"`
+	EnableUnprivilegedICMP             bool     `toml:"enable_unprivileged_icmp" json:"enableUnprivilegedICMP"`
+	EnableCDI                          bool     `toml:"enable_cdi" json:"enableCDI"`
+	CDISpecDirs                        []string `toml:"cdi_spec_dirs" json:"cdiSpecDirs"`
+	DrainExecSyncIOTimeout             string   `toml:"drain_exec_sync_io_timeout" json:"drainExecSyncIOTimeout"`
+	IgnoreDeprecationWarnings          []string `toml:"ignore_deprecation_warnings" json:"ignoreDeprecationWarnings"`
+	StatsCollectPeriod                 string   `toml:"stats_collect_period" json:"statsCollectPeriod"`
+	StatsRetentionPeriod               string   `toml:"stats_retention_period" json:"statsRetentionPeriod"`
 	// Gantry's own bounds of a container's log: bytes after which it is rotated
 	// and files that are kept then, bytes a second beyond which output is dropped
 	// and counted; 0 is unbounded (promise P21). A kubelet rotates by itself.
-	MaxContainerLogSize  int64 `toml:"max_container_log_size"`
-	MaxContainerLogFiles int   `toml:"max_container_log_files"`
-	MaxContainerLogRate  int64 `toml:"max_container_log_rate"`
-	EnableCRIU           bool  `toml:"enable_criu"`
+	MaxContainerLogSize  int64 `toml:"max_container_log_size" json:"maxContainerLogSize"`
+	MaxContainerLogFiles int   `toml:"max_container_log_files" json:"maxContainerLogFiles"`
+	MaxContainerLogRate  int64 `toml:"max_container_log_rate" json:"maxContainerLogRate"`
+	EnableCRIU           bool  `toml:"enable_criu" json:"enableCRIU"`
 
-	Containerd RuntimesConfig `toml:"containerd"`
-	CNI        CNIConfig      `toml:"cni"`
+	Containerd RuntimesConfig `toml:"containerd" json:"containerd"`
+	CNI        CNIConfig      `toml:"cni" json:"cni"`
 }
 
 // RuntimesConfig is the table of runtime handlers.
 type RuntimesConfig struct {
-	DefaultRuntimeName            string             `toml:"default_runtime_name"`
-	IgnoreBlockIONotEnabledErrors bool               `toml:"ignore_blockio_not_enabled_errors"`
-	IgnoreRdtNotEnabledErrors     bool               `toml:"ignore_rdt_not_enabled_errors"`
-	Runtimes                      map[string]Runtime `toml:"runtimes"`
+	DefaultRuntimeName            string             `toml:"default_runtime_name" json:"defaultRuntimeName"`
+	IgnoreBlockIONotEnabledErrors bool               `toml:"ignore_blockio_not_enabled_errors" json:"ignoreBlockIONotEnabledErrors"`
+	IgnoreRdtNotEnabledErrors     bool               `toml:"ignore_rdt_not_enabled_errors" json:"ignoreRdtNotEnabledErrors"`
+	Runtimes                      map[string]Runtime `toml:"runtimes" json:"runtimes"`
 }
 
 // Runtime is a runtime handler (contract 7.3.1).
 type Runtime struct {
-	Type                                          string         `toml:"runtime_type"`
-	Path                                          string         `toml:"runtime_path"`
-	PodAnnotations                                []string       `toml:"pod_annotations"`
-	ContainerAnnotations                          []string       `toml:"container_annotations"`
-	Options                                       map[string]any `toml:"options"`
-	PrivilegedWithoutHostDevices                  bool           `toml:"privileged_without_host_devices"`
-	PrivilegedWithoutHostDevicesAllDevicesAllowed bool           `toml:"privileged_without_host_devices_all_devices_allowed"`
-	CgroupWritable                                bool           `toml:"cgroup_writable"`
-	BaseRuntimeSpec                               string         `toml:"base_runtime_spec"`
-	CNIConfDir                                    string         `toml:"cni_conf_dir"`
-	CNIMaxConfNum                                 int            `toml:"cni_max_conf_num"`
-	Snapshotter                                   string         `toml:"snapshotter"`
+	Type                                          string         `toml:"runtime_type" json:"runtimeType"`
+	Path                                          string         `toml:"runtime_path" json:"runtimePath"`
+	PodAnnotations                                []string       `toml:"pod_annotations" json:"PodAnnotations"`
+	ContainerAnnotations                          []string       `toml:"container_annotations" json:"ContainerAnnotations"`
+	Options                                       map[string]any `toml:"options" json:"options"`
+	PrivilegedWithoutHostDevices                  bool           `toml:"privileged_without_host_devices" json:"privileged_without_host_devices"`
+	PrivilegedWithoutHostDevicesAllDevicesAllowed bool           `toml:"privileged_without_host_devices_all_devices_allowed" json:"privileged_without_host_devices_all_devices_allowed"`
+	CgroupWritable                                bool           `toml:"cgroup_writable" json:"cgroupWritable"`
+	BaseRuntimeSpec                               string         `toml:"base_runtime_spec" json:"baseRuntimeSpec"`
+	CNIConfDir                                    string         `toml:"cni_conf_dir" json:"cniConfDir"`
+	CNIMaxConfNum                                 int            `toml:"cni_max_conf_num" json:"cniMaxConfNum"`
+	Snapshotter                                   string         `toml:"snapshotter" json:"snapshotter"`
 	// Sandboxer is the controller of its pods: "podsandbox" (a pause container),
 	// "shim" (the shim's Sandbox API), or "pauseless", which is Gantry's own: no
 	// process and no image, unless a pod asks for a shared PID namespace (promise P55).
-	Sandboxer             string `toml:"sandboxer"`
-	DisablePauseImagePull bool   `toml:"disable_pause_image_pull"`
-	IOType                string `toml:"io_type"`
+	Sandboxer             string `toml:"sandboxer" json:"sandboxer"`
+	DisablePauseImagePull bool   `toml:"disable_pause_image_pull" json:"disablePauseImagePull"`
+	IOType                string `toml:"io_type" json:"io_type"`
 }
 
 // The sandboxers.
@@ -88,14 +89,14 @@ const (
 
 // CNIConfig is the block of pod networks (contract 7.3.21).
 type CNIConfig struct {
-	BinDir              string   `toml:"bin_dir"` // deprecated
-	BinDirs             []string `toml:"bin_dirs"`
-	ConfDir             string   `toml:"conf_dir"`
-	MaxConfNum          int      `toml:"max_conf_num"`
-	SetupSerially       bool     `toml:"setup_serially"`
-	ConfTemplate        string   `toml:"conf_template"`
-	IPPref              string   `toml:"ip_pref"` // "ipv4", "ipv6" or "cni"
-	UseInternalLoopback bool     `toml:"use_internal_loopback"`
+	BinDir              string   `toml:"bin_dir" json:"binDir"` // deprecated
+	BinDirs             []string `toml:"bin_dirs" json:"binDirs"`
+	ConfDir             string   `toml:"conf_dir" json:"confDir"`
+	MaxConfNum          int      `toml:"max_conf_num" json:"maxConfNum"`
+	SetupSerially       bool     `toml:"setup_serially" json:"setupSerially"`
+	ConfTemplate        string   `toml:"conf_template" json:"confTemplate"`
+	IPPref              string   `toml:"ip_pref" json:"ipPref"` // "ipv4", "ipv6" or "cni"
+	UseInternalLoopback bool     `toml:"use_internal_loopback" json:"useInternalLoopback"`
 }
 
 // ImagesConfig is the block of images (contract 7.4.3).
