@@ -131,7 +131,7 @@ func (w *ward) sick(what string, fn func(context.Context) error, words ...string
 	w.t.Helper()
 	limit := critest.Slow(800 * time.Millisecond)
 	missing := ""
-	for range 3 { // on a busy machine the client's own clock may win, which knows no words
+	for range critest.Slow(int64(3)) { // on a busy machine the client's own clock may win, which knows no words
 		ctx, cancel := context.WithTimeout(context.Background(), limit)
 		began := time.Now()
 		err := fn(ctx)
