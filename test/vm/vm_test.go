@@ -21,7 +21,7 @@ import (
 // chosen are tests of ../cri that show what the host's kernel may not: all of
 // them have to pass, a skip is a failure. The handlers are runc, pauseless and crun.
 var chosen = []string{"TestHello", "TestAppArmorConfines", "TestUnifiedLimits", "TestCgroupWritable", "TestExecGroups", "TestOOMKilled", "TestUserNamespace",
-	"TestResources", "TestPodResources", "TestOOMScore", "TestStats", "TestPodMetrics", "TestCensus", "TestHungFileSystem"}
+	"TestResources", "TestPodResources", "TestOOMScore", "TestStats", "TestPodMetrics", "TestCensus"}
 
 // perBoot is how many tests a guest runs when all are run: one that hangs takes
 // no more along.
