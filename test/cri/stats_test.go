@@ -42,8 +42,9 @@ func ownGroup(t *testing.T, n *critest.Node) func(*runtime.PodSandboxConfig) {
 	return func(c *runtime.PodSandboxConfig) { c.Linux.CgroupParent = parent }
 }
 
-// load is a container that burns CPU, holds 32 MiB and has written 8 MiB.
-const load = "dd if=/dev/zero of=/filler bs=1M count=8 2>/dev/null; a=$(head -c 33554432 /dev/zero | tr '\\0' x); echo loaded; while :; do :; done"
+// load is a container that burns CPU, holds 32 MiB, which dd cannot get rid of,
+// and has written 8 MiB.
+const load = "dd if=/dev/zero of=/filler bs=1M count=8 2>/dev/null; dd if=/dev/zero bs=33M count=1 2>/dev/null | { read -n 1 a; echo loaded; while :; do :; done; }"
 
 func statsOf(t *testing.T, c *critest.Container) *runtime.ContainerStats {
 	t.Helper()
@@ -105,7 +106,7 @@ func TestStats(t *testing.T) {
 				t.Errorf("%v", c)
 			}
 			if m.RssBytes.GetValue() < 32<<20 || m.WorkingSetBytes.Value < 32<<20 || m.UsageBytes.Value < m.WorkingSetBytes.Value || m.UsageBytes.Value > 256<<20 ||
-				m.AvailableBytes.GetValue() == 0 || m.AvailableBytes.Value > 224<<20 || m.PageFaults.GetValue() < 1000 {
+				m.AvailableBytes.GetValue() == 0 || m.AvailableBytes.Value > 224<<20 || m.PageFaults.GetValue() < 300 { // huge pages make few
 				t.Errorf("%v", m)
 			}
 			if w := st.WritableLayer; w.InodesUsed.GetValue() == 0 || !strings.HasPrefix(w.FsId.GetMountpoint(), n.Dir) || w.UsedBytes.Value > 64<<20 {
