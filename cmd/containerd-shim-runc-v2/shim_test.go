@@ -283,6 +283,42 @@ func TestInstantExits(t *testing.T) {
 	}
 }
 
+// Who waits for the end of a process finds all that it printed, and closes its
+// streams at once, as Debian's ctr does. What others hold open delays nobody
+// for long.
+// promise: P20
+func TestOutputBeforeEnd(t *testing.T) {
+	d := newDaemon(t)
+	k := d.newTask("c", "sleep", "1000").run()
+	path := fifo(t, k.bundle+"/own")
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	const much = 60000 // a FIFO holds it
+	buf := make([]byte, 2*much)
+	for i := range 100 {
+		id := fmt.Sprint("e", i)
+		k.exec(id, &taskapi.ExecProcessRequest{Stdout: path}, "head", "-c", fmt.Sprint(much), "/dev/zero")
+		k.wait(id)
+		if n, err := unix.Read(fd, buf); n != much {
+			t.Fatalf("%d bytes, %v after the end of %s", n, err, id)
+		}
+		k.delete(id)
+	}
+	began := time.Now()
+	k.exec("held", &taskapi.ExecProcessRequest{Stdout: path}, "sh", "-c", "sleep 1000 &")
+	k.wait("held")
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("told after %v", took)
+	}
+	k.kill("", unix.SIGKILL)
+	k.wait("")
+	k.delete("")
+	k.finish()
+}
+
 // contract: 5.3.5
 func TestTerminal(t *testing.T) {
 	drivers(t, func(t *testing.T, d *daemon, opts *options.Options) {

@@ -51,8 +51,12 @@ const (
 	execsBeforeInit = 10 * time.Second
 	// Output of an exited process is copied until nothing came for drainIdle,
 	// and for drainLimit at most.
-	drainIdle   = 2 * time.Second
-	drainLimit  = 10 * time.Second
+	drainIdle  = 2 * time.Second
+	drainLimit = 10 * time.Second
+	// The end of a process is told when its output is where the client reads,
+	// unless others hold it open: some clients stop to read at once.
+	toldIdle    = 100 * time.Millisecond
+	toldLimit   = 300 * time.Millisecond
 	killTimeout = 10 * time.Second
 	maxSpec     = 32 << 20
 )
@@ -422,13 +426,17 @@ func (s *Service) exited(p *process, e reaper.Exit) {
 	if oom != nil {
 		oom.Check() // the cause comes before the effect
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if p.starting {
-		p.pending = &e
-		return
-	}
-	s.settle(p, e)
+	go func() {
+		p.io.Exited()
+		p.io.Drain(toldIdle, toldLimit)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if p.starting {
+			p.pending = &e
+			return
+		}
+		s.settle(p, e)
+	}()
 }
 
 // settle publishes an exit, or keeps that of the first process until it is its
@@ -490,7 +498,6 @@ func (s *Service) stopped(p *process, e reaper.Exit) {
 	s.Events.Publish("/tasks/exit", &events.TaskExit{
 		ContainerID: p.c.id, ID: id, Pid: uint32(p.pid), ExitStatus: e.Status, ExitedAt: timestamppb.New(e.At),
 	})
-	p.io.Exited()
 	close(p.done)
 }
 
