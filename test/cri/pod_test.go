@@ -156,7 +156,7 @@ func TestPodLifeCycle(t *testing.T) {
 				t.Errorf("%v", st)
 			}
 			info := infoOf(t, p)
-			if info.SandboxMetadata.ID != p.ID || info.RuntimeType != "io.containerd.runc.v2" || info.RuntimeHandler != handler || info.ProcessStatus != "ready" || info.NetNamespaceClosed ||
+			if info.SandboxMetadata.ID != p.ID || info.RuntimeType != "io.containerd.runc.v2" || info.RuntimeHandler != handler || info.ProcessStatus != "running" || info.NetNamespaceClosed ||
 				info.Config.GetMetadata().GetName() != p.Config.Metadata.Name || !strings.Contains(string(info.CNIResult), s.Network.Ip) {
 				t.Errorf("%s", st.Info["info"])
 			}
