@@ -3,6 +3,7 @@ package shimclient
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -55,6 +56,7 @@ type script struct {
 	HangRPC  string // this method does not answer
 	DieRPC   string // this method kills the shim
 	FailRPC  string // this method fails
+	HangUp   string // this method ends the connection, once in all shims' lives
 	Delete   int    // the exit status that its delete command tells; -1 fails
 }
 
@@ -210,7 +212,21 @@ func fakeServe(sc script) {
 	} else {
 		taskapi.RegisterTTRPCTaskService(srv, f)
 	}
-	srv.Serve(context.Background(), l)
+	srv.Serve(context.Background(), lastConn{l, f})
+}
+
+// lastConn keeps the connection that was made last, for HangUp.
+type lastConn struct {
+	net.Listener
+	f *fake
+}
+
+func (l lastConn) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	l.f.mu.Lock()
+	defer l.f.mu.Unlock()
+	l.f.conn = c
+	return c, err
 }
 
 type fake struct {
@@ -219,6 +235,7 @@ type fake struct {
 	mu     sync.Mutex
 	status tasktypes.Status
 	exit   uint32
+	conn   net.Conn
 	once   sync.Once
 	ended  chan struct{}
 }
@@ -240,6 +257,13 @@ func (f *fake) intercept(ctx context.Context, in ttrpc.Unmarshaler, info *ttrpc.
 		unix.Kill(os.Getpid(), unix.SIGKILL)
 	case f.sc.FailRPC:
 		return nil, fmt.Errorf("no %s today", method)
+	case f.sc.HangUp:
+		if os.Mkdir(filepath.Join(f.sc.Dir, "hung-up"), 0o700) == nil {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.conn.Close()
+			return nil, errors.New("nobody hears this")
+		}
 	}
 	return next(ctx, in)
 }
@@ -604,6 +628,20 @@ func TestCreateUndone(t *testing.T) {
 				t.Errorf("left in the tables: %v %v", h.m.tasks, h.m.links)
 			}
 		})
+	}
+}
+
+// A shim of a group ends for want of containers, and another one listens at its
+// address, when the next container comes: it is made there.
+//
+// contract: 5.2.9
+func TestCreateOnLeavingShim(t *testing.T) {
+	h := fakeHost(t, script{HangUp: "Create"})
+	if _, err := h.store.Create(t.Context(), "a", task.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.store.Get(t.Context(), "a", ""); err != nil {
+		t.Error(err)
 	}
 }
 

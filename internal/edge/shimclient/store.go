@@ -84,8 +84,9 @@ func (s *store) Create(ctx context.Context, id container.ID, opts task.CreateOpt
 	for try := 1; ; try++ {
 		pid, err := s.tryCreate(ctx, c, opts)
 		// The shim of a group may have been about to leave, for want of
-		// containers, when this one came: then another one is started.
-		if errors.Is(err, errShimDead) && opts.APIAddress == "" && try < 3 && ctx.Err() == nil {
+		// containers, when this one came: then another one is started, or
+		// has been at the same address for somebody else.
+		if (errors.Is(err, errShimDead) || errors.Is(err, errShimLost)) && opts.APIAddress == "" && try < 3 && ctx.Err() == nil {
 			continue
 		}
 		return pid, err
@@ -420,6 +421,11 @@ func (s *store) Start(ctx context.Context, id container.ID, exec task.ExecID) (u
 	var r taskapi.StartResponse
 	if err := t.call(ctx, "Start", s.callBound(), &taskapi.StartRequest{ID: string(id), ExecID: string(exec)}, &r); err != nil {
 		return 0, err
+	}
+	if exec == "" && r.Pid != 0 {
+		t.mu.Lock()
+		t.pid = r.Pid // one that is restored has none before
+		t.mu.Unlock()
 	}
 	s.m.opt.Faults.Pass("task.started")
 	return r.Pid, nil
