@@ -183,13 +183,18 @@ func (t *entry) getExit() task.Exit {
 func (t *entry) publish(ctx context.Context, e event.Envelope, heard bool) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	pid, ends := t.ends(e)
+	if ends && heard && t.pid != 0 && pid != 0 && pid != t.pid {
+		t.m.log.Debug("the end of an earlier task of this name", "namespace", t.key.ns, "id", t.key.id, "topic", e.Topic, "pid", pid)
+		return nil
+	}
 	switch p := e.Event.(type) {
 	case event.TaskCreate:
 		t.announced = true
 	case event.TaskExit:
 		return t.publishExit(ctx, e, p, heard)
 	case event.TaskDelete:
-		if p.ID != "" && p.ID != string(t.key.id) {
+		if !ends {
 			break // an exec's
 		}
 		if closed(t.deleted) {
@@ -206,6 +211,20 @@ func (t *entry) publish(ctx context.Context, e event.Envelope, heard bool) error
 		return nil
 	}
 	return t.m.opt.Events.Publish(ctx, e)
+}
+
+// ends says whether an event is the end of the task, and the process id in it.
+// A shim that is also others' can tell the end of a task that was taken back,
+// which nobody was told of, when there is another one of its name: the process
+// ids tell them apart.
+func (t *entry) ends(e event.Envelope) (pid uint32, yes bool) {
+	switch p := e.Event.(type) {
+	case event.TaskExit:
+		return p.Pid, p.ID == string(t.key.id)
+	case event.TaskDelete:
+		return p.Pid, p.ID == "" || p.ID == string(t.key.id)
+	}
+	return 0, false
 }
 
 // hand gives the end of a process to the bus. While the clients of a daemon
@@ -434,6 +453,18 @@ func (m *Manager) Publish(ctx context.Context, e event.Envelope) error {
 	}
 	if err := t.await(ctx, m.limit.Load); err != nil && ctx.Err() != nil {
 		return err
+	}
+	if _, ends := t.ends(e); ends && t.getPhase() == phaseCreating {
+		// Whose end it is shows when the shim has said which process it made.
+		select {
+		case <-t.ready:
+		case <-time.After(m.limit.Load):
+			return fmt.Errorf("publish %s: task %s is being created: %w", e.Topic, t.key, errdefs.ErrUnavailable) // the shim keeps it
+		case <-m.ctx.Done():
+			return fmt.Errorf("publish %s: the daemon is stopping: %w", e.Topic, errdefs.ErrUnavailable)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	return t.publish(ctx, e, true)
 }

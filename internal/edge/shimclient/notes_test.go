@@ -103,6 +103,78 @@ func TestExecTold(t *testing.T) {
 	}
 }
 
+// A shim that is also others' tells how a task ended that was taken back while
+// another one of its name is made, or runs: that one has not ended.
+//
+// promise: P11, P19
+func TestEndOfEarlierTask(t *testing.T) {
+	for _, first := range []phase{phaseCreating, phaseLive} {
+		bus := memory.NewBus()
+		sub, err := bus.Subscribe(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := New(Options{State: t.TempDir(), Root: t.TempDir(), Records: noRecords{}, Events: bus})
+		if err != nil {
+			t.Fatal(err)
+		}
+		k := key{"ns", "c"}
+		if err := os.MkdirAll(m.bundle(k).path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		e := newEntry(m, k, first)
+		m.tasks[k] = e
+		tell := func(pid, status uint32) error {
+			err := m.Publish(t.Context(), event.Envelope{Timestamp: time.Now(), Namespace: "ns", Topic: event.TopicTaskExit, Event: event.TaskExit{ContainerID: "c", ID: "c", Pid: pid, ExitStatus: status}})
+			if err == nil {
+				err = m.Publish(t.Context(), event.Envelope{Timestamp: time.Now(), Namespace: "ns", Topic: event.TopicTaskDelete, Event: event.TaskDelete{ContainerID: "c", Pid: pid, ExitStatus: status}})
+			}
+			return err
+		}
+		known := func() {
+			e.mu.Lock()
+			e.pid = 11
+			e.mu.Unlock()
+			e.settle(phaseLive)
+		}
+		if first == phaseLive {
+			known()
+		}
+		earlier := make(chan error, 1)
+		go func() { earlier <- tell(10, 137) }()
+		if first == phaseCreating {
+			select {
+			case err := <-earlier:
+				t.Errorf("heard before it is known whose end it is: %v", err)
+			case <-time.After(20 * time.Millisecond):
+			}
+			known()
+		}
+		if err := <-earlier; err != nil {
+			t.Error(err)
+		}
+		if closed(e.exited) || closed(e.deleted) {
+			t.Errorf("it has ended: %v", e.getExit())
+		}
+		if err := tell(11, 3); err != nil {
+			t.Error(err)
+		}
+		x, err := e.wait(t.Context())
+		if err != nil || x.Pid != 11 || x.Status != 3 {
+			t.Errorf("%v %v", x, err)
+		}
+		for _, want := range []string{event.TopicTaskExit, event.TopicTaskDelete} {
+			got, err := sub.Next(t.Context())
+			if err != nil || got.Topic != want {
+				t.Fatalf("%v %v", got, err)
+			}
+			if p, ok := got.Event.(event.TaskExit); ok && p.Pid != 11 {
+				t.Errorf("%v", p)
+			}
+		}
+	}
+}
+
 // noRecords is a store that nobody asks.
 type noRecords struct{}
 

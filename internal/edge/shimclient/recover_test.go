@@ -179,7 +179,7 @@ func TestEventsOnce(t *testing.T) {
 	if _, err := h.store.Create(t.Context(), "a", task.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	send(event.TaskExit{ContainerID: "a", ID: "a", Pid: 1, ExitStatus: 2, ExitedAt: at}, event.TopicTaskExit)
+	send(event.TaskExit{ContainerID: "a", ID: "a", Pid: 4711, ExitStatus: 2, ExitedAt: at}, event.TopicTaskExit)
 	until(t, "its exit is there", func() bool { return len(got.of("a")) == len(want)+1 })
 	h.end("a")
 	h.clean()
