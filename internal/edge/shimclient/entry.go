@@ -42,6 +42,7 @@ type entry struct {
 	// deleted or buried.
 	gate    chan struct{}
 	ready   chan struct{} // closed when creation or recovery has ended
+	listens chan struct{} // closed when a recovery waits for what the shim has to tell
 	exited  chan struct{} // closed when exit is known
 	told    chan struct{} // closed when the exit was published
 	deleted chan struct{} // closed when the deletion was published
@@ -67,7 +68,7 @@ type entry struct {
 func newEntry(m *Manager, k key, p phase) *entry {
 	return &entry{
 		m: m, key: k, bundle: m.bundle(k), phase: p,
-		gate: make(chan struct{}, 1), ready: make(chan struct{}), exited: make(chan struct{}),
+		gate: make(chan struct{}, 1), ready: make(chan struct{}), listens: make(chan struct{}), exited: make(chan struct{}),
 		told: make(chan struct{}), deleted: make(chan struct{}), gone: make(chan struct{}),
 		notes: map[string]note{}, removed: map[string]bool{}, recovered: p == phaseRecovering,
 	}
@@ -451,8 +452,14 @@ func (m *Manager) Publish(ctx context.Context, e event.Envelope) error {
 	if t == nil {
 		return m.opt.Events.Publish(ctx, e)
 	}
-	if err := t.await(ctx, m.limit.Load); err != nil && ctx.Err() != nil {
-		return err
+	if t.getPhase() == phaseRecovering {
+		select {
+		case <-t.ready:
+		case <-t.listens:
+		case <-time.After(m.limit.Load): // then it is told as it comes
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	if _, ends := t.ends(e); ends && t.getPhase() == phaseCreating {
 		// Whose end it is shows when the shim has said which process it made.

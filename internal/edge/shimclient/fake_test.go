@@ -28,6 +28,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -56,6 +58,7 @@ type script struct {
 	HangRPC  string // this method does not answer
 	DieRPC   string // this method kills the shim
 	FailRPC  string // this method fails
+	Forgets  bool   // it knows no task that was created
 	HangUp   string // this method ends the connection, once in all shims' lives
 	Delete   int    // the exit status that its delete command tells; -1 fails
 }
@@ -257,6 +260,12 @@ func (f *fake) intercept(ctx context.Context, in ttrpc.Unmarshaler, info *ttrpc.
 		unix.Kill(os.Getpid(), unix.SIGKILL)
 	case f.sc.FailRPC:
 		return nil, fmt.Errorf("no %s today", method)
+	case "State", "Kill", "Delete":
+		if f.sc.Forgets {
+			return nil, status.Error(codes.NotFound, "no such task")
+		}
+	}
+	switch method {
 	case f.sc.HangUp:
 		if os.Mkdir(filepath.Join(f.sc.Dir, "hung-up"), 0o700) == nil {
 			f.mu.Lock()

@@ -370,6 +370,7 @@ func (t *entry) evict(ctx context.Context) {
 	if !closed(t.exited) {
 		grace *= 4
 	}
+	close(t.listens)
 	select {
 	case <-t.deleted:
 	case <-time.After(grace):

@@ -185,6 +185,44 @@ func TestEventsOnce(t *testing.T) {
 	h.clean()
 }
 
+// A daemon that is killed when a task has ended and was deleted, before the shim
+// could tell, leaves it to the next one to hear of that.
+//
+// promise: P11
+// contract: 5.4.1
+func TestEndHeardAfterRestart(t *testing.T) {
+	h := fakeHost(t, script{Forgets: true})
+	if _, err := h.store.Create(t.Context(), "a", task.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	h.stop()
+	h.opt.Timeouts.Grace, h.opt.Timeouts.Load = 2*time.Second, 20*time.Second
+	h.start()
+	if err := h.m.Scan(); err != nil {
+		t.Fatal(err)
+	}
+	got := h.collect()
+	told := make(chan error, 1)
+	go func() { // as its shim does
+		at := time.Now()
+		err := h.m.Publish(t.Context(), event.Envelope{Timestamp: at, Namespace: "test", Topic: event.TopicTaskExit, Event: event.TaskExit{ContainerID: "a", ID: "a", Pid: 4711, ExitStatus: 7, ExitedAt: at}})
+		if err == nil {
+			err = h.m.Publish(t.Context(), event.Envelope{Timestamp: at, Namespace: "test", Topic: event.TopicTaskDelete, Event: event.TaskDelete{ContainerID: "a", Pid: 4711, ExitStatus: 7, ExitedAt: at}})
+		}
+		told <- err
+	}()
+	h.recover()
+	if err := <-told; err != nil {
+		t.Error(err)
+	}
+	want := []string{"exit a 7", "delete 7"}
+	until(t, "the end is told", func() bool { return len(got.of("a")) >= len(want) })
+	if !slices.Equal(got.of("a"), want) {
+		t.Errorf("%q, want %q", got.of("a"), want)
+	}
+	h.clean()
+}
+
 // contract: 5.1.1, 13.20
 func TestBundlePermissions(t *testing.T) {
 	if os.Geteuid() != 0 {
