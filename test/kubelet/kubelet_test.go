@@ -210,7 +210,7 @@ func (n *node) ask(path string) (string, error) {
 		return "", err
 	}
 	defer r.Body.Close()
-	b, err := io.ReadAll(r.Body)
+	b, err := io.ReadAll(io.LimitReader(r.Body, 64<<20))
 	if err == nil && r.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s: %s: %s", path, r.Status, b)
 	}

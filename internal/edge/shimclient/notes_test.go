@@ -14,6 +14,26 @@ import (
 	"github.com/gantryd/gantry/internal/engine/memory"
 )
 
+// bundled makes a manager with a bundle of which it knows nothing, and listens
+// to what it tells.
+func bundled(t *testing.T) (*Manager, key, *memory.Bus, event.Subscription) {
+	t.Helper()
+	bus := memory.NewBus()
+	sub, err := bus.Subscribe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := New(Options{State: t.TempDir(), Root: t.TempDir(), Records: noRecords{}, Events: bus})
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := key{"ns", "c"}
+	if err := os.MkdirAll(m.bundle(k).path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return m, k, bus, sub
+}
+
 // TestExecTold walks an exec's exit through all orders in which the recovery,
 // the shim and the exec's deletion can come: it is told once, and in the end
 // nothing is remembered of it.
@@ -31,19 +51,7 @@ func TestExecTold(t *testing.T) {
 		"deleted, and made again by that name": {"recovery", "delete", "again", "shim", "shim of the second", "delete second"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bus := memory.NewBus()
-			sub, err := bus.Subscribe(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			m, err := New(Options{State: t.TempDir(), Root: t.TempDir(), Records: noRecords{}, Events: bus})
-			if err != nil {
-				t.Fatal(err)
-			}
-			k := key{"ns", "c"}
-			if err := os.MkdirAll(m.bundle(k).path, 0o700); err != nil {
-				t.Fatal(err)
-			}
+			m, k, bus, sub := bundled(t)
 			e := newEntry(m, k, phaseLive)
 			if err := e.expectExec("x"); err != nil {
 				t.Fatal(err)
@@ -109,19 +117,7 @@ func TestExecTold(t *testing.T) {
 // promise: P11, P19
 func TestEndOfEarlierTask(t *testing.T) {
 	for _, first := range []phase{phaseCreating, phaseLive} {
-		bus := memory.NewBus()
-		sub, err := bus.Subscribe(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		m, err := New(Options{State: t.TempDir(), Root: t.TempDir(), Records: noRecords{}, Events: bus})
-		if err != nil {
-			t.Fatal(err)
-		}
-		k := key{"ns", "c"}
-		if err := os.MkdirAll(m.bundle(k).path, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		m, k, _, sub := bundled(t)
 		e := newEntry(m, k, first)
 		m.tasks[k] = e
 		tell := func(pid, status uint32) error {
