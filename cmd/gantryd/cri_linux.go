@@ -252,7 +252,6 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 			defer wg.Wait()
 			wg.Go(func() { watchPods(ctx, sub, podService) })
 			wg.Go(func() { _ = podService.Serve(ctx) })
-			wg.Go(func() { containerService.Thaw(ctx) })
 			return containerService.Run(ctx)
 		}, Stop: func(ctx context.Context) error {
 			return errors.Join(containerService.Close(ctx), podService.Close(ctx))

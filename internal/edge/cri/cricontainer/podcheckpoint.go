@@ -185,9 +185,9 @@ func (s *Service) resume(ctx context.Context, id string) error {
 	}
 }
 
-// Thaw lets the containers go on that the last daemon was killed in a checkpoint
-// of. It is called once, after Recover, and ends with that or with ctx.
-func (s *Service) Thaw(ctx context.Context) {
+// thaw lets the containers go on that the last daemon was killed in a checkpoint
+// of. It ends with that or with ctx.
+func (s *Service) thaw(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for _, c := range s.Containers.List() {

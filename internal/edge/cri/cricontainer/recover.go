@@ -208,6 +208,7 @@ func (s *Service) Run(ctx context.Context) error {
 	defer wg.Wait()
 	defer s.letGo()
 	wg.Go(func() { s.sweep(ctx) })
+	wg.Go(func() { s.thaw(ctx) })
 	turns := make(chan struct{}, askers)
 	for _, c := range s.found {
 		wg.Go(func() { s.reconcile(ctx, c, turns) })
