@@ -43,20 +43,46 @@ func (s *sink) Forward(_ context.Context, r *eventsapi.ForwardRequest) (*emptypb
 	return &emptypb.Empty{}, nil
 }
 
+// life is the sink behind one server. ttrpc's Close returns while a connection
+// may still take a call whose answer is lost: a life that is over takes none.
+type life struct {
+	*sink
+	over bool // guarded by sink.mu
+}
+
+func (l *life) Forward(ctx context.Context, r *eventsapi.ForwardRequest) (*emptypb.Empty, error) {
+	l.mu.Lock()
+	over := l.over
+	l.mu.Unlock()
+	if over {
+		return nil, errgrpc.ToGRPC(errdefs.ErrUnavailable)
+	}
+	return l.sink.Forward(ctx, r)
+}
+
+// serve lets the sink take events at path until stop. An event that was taken
+// and not answered before stop comes again in the next life.
 func (s *sink) serve(t *testing.T, path string) (stop func()) {
 	t.Helper()
 	server, err := ttrpc.NewServer()
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventsapi.RegisterTTRPCEventsService(server, s)
+	this := &life{sink: s}
+	eventsapi.RegisterTTRPCEventsService(server, this)
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	go server.Serve(context.Background(), l)
 	t.Cleanup(func() { server.Close() })
-	return func() { server.Close(); os.Remove(path) }
+	return func() {
+		s.mu.Lock()
+		this.over = true
+		s.mu.Unlock()
+		server.Close()
+		os.Remove(path)
+	}
 }
 
 func (s *sink) await(t *testing.T, n int) []string {
@@ -103,6 +129,14 @@ func TestOrderAcrossRestarts(t *testing.T) {
 	s := &sink{refuse: map[string]int{"3": 2, "5": 1000}}
 	stop := s.serve(t, path)
 	s.await(t, 9)
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		if e, _ := p.head(); e == nil {
+			break // the last answer is here too
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the answers do not come")
+		}
+	}
 	stop()
 	publish(10, 20)
 	s.serve(t, path)
