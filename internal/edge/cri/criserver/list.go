@@ -131,7 +131,7 @@ func (s *Server) containerItems(f *runtime.ContainerFilter) []*runtime.Container
 		if pod != "" && m.SandboxID != pod || !matches(m.Config.GetLabels(), f.GetLabelSelector()) {
 			continue
 		}
-		item := c.Item(s.d.Images.Names(m.ImageRef))
+		item := c.Item()
 		if st := f.GetState(); st != nil && st.State != item.State {
 			continue
 		}

@@ -85,7 +85,9 @@ func (p *Pod) Answer() *runtime.PodSandboxStatus {
 
 // Item is the pod as lists show it.
 func (p *Pod) Item() *runtime.PodSandbox {
-	m, st := p.Meta(), p.Status()
+	p.mu.Lock() // not Status, which makes copies: all pods are asked, once a second
+	defer p.mu.Unlock()
+	m, st := &p.meta, &p.status
 	return &runtime.PodSandbox{Id: m.ID, Metadata: m.Config.GetMetadata(), State: st.State.State(), CreatedAt: st.CreatedAt.UnixNano(),
 		Labels: m.Config.GetLabels(), Annotations: m.Config.GetAnnotations(), RuntimeHandler: m.RuntimeHandler}
 }
@@ -142,7 +144,7 @@ func signalOf(m ContainerMeta) runtime.Signal {
 const rtMin, rtMax = 34, 64
 
 // Item is the container as lists show it.
-func (c *Container) Item(image ImageNames) *runtime.Container {
+func (c *Container) Item() *runtime.Container {
 	m, st := c.Meta(), c.Status()
 	return &runtime.Container{Id: m.ID, PodSandboxId: m.SandboxID, Metadata: m.Config.GetMetadata(), Image: m.Config.GetImage(), ImageRef: m.ImageRef, ImageId: m.ImageRef,
 		State: st.State(), CreatedAt: st.CreatedAt, Labels: m.Config.GetLabels(), Annotations: m.Config.GetAnnotations()}
