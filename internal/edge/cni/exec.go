@@ -24,7 +24,7 @@ import (
 
 const (
 	maxAnswer = 4 << 20
-	maxStderr = 64 << 10
+	maxStderr = 16 << 10 // also of what an answer says is wrong
 	// killedFor is how long a killed plugin is waited for: one that the kernel
 	// does not let go is left to itself.
 	killedFor = 5 * time.Second
@@ -70,7 +70,7 @@ func (p *plugins) once(ctx context.Context, path string, conf []byte, env []stri
 	name, command := filepath.Base(path), lookup(env, "CNI_COMMAND")
 	call := fmt.Sprintf("%s=%d.%d", callEnv, os.Getpid(), time.Now().UnixNano())
 	start := time.Now()
-	stdout, stderr := &bounded{max: maxAnswer}, &bounded{max: maxStderr, drop: true}
+	stdout, stderr := &bounded{max: maxAnswer}, &bounded{max: maxStderr}
 	cmd := exec.Command(path)
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = append(slices.Clone(env), call), bytes.NewReader(conf), stdout, stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -98,12 +98,18 @@ func (p *plugins) once(ctx context.Context, path string, conf []byte, env []stri
 		err = nil // it ended well
 	}
 	if err == nil {
-		if stderr.Len() > 0 {
-			p.log.Debug("network plugin", "plugin", name, "command", command, "id", lookup(env, "CNI_CONTAINERID"), "stderr", stderr.String())
+		if stdout.over {
+			return nil, fmt.Errorf("%s by plugin %s: the answer is longer than %d bytes: %w", command, name, maxAnswer, errdefs.ErrResourceExhausted)
 		}
-		return stdout.Bytes(), nil
+		if holes(stdout.buf.Bytes()) {
+			return nil, fmt.Errorf("%s by plugin %s: null among the interfaces, addresses or routes of its answer", command, name)
+		}
+		if stderr.buf.Len() > 0 {
+			p.log.Debug("network plugin", "plugin", name, "command", command, "id", lookup(env, "CNI_CONTAINERID"), "stderr", stderr.buf.String())
+		}
+		return stdout.buf.Bytes(), nil
 	}
-	err = answer(err, stdout.Bytes(), stderr.String())
+	err = answer(err, stdout.buf.Bytes(), stderr.buf.String())
 	if command == "DEL" && gone(err.Error(), lookup(env, "CNI_NETNS")) {
 		// What is to be deleted is not there. The other plugins of the list go on.
 		p.log.Info("network plugin finds nothing to delete", "plugin", name, "id", lookup(env, "CNI_CONTAINERID"), "err", err)
@@ -112,10 +118,19 @@ func (p *plugins) once(ctx context.Context, path string, conf []byte, env []stri
 	return nil, err
 }
 
+// holes says whether an answer has null where the library, which converts it,
+// follows a pointer.
+func holes(stdout []byte) bool {
+	var r struct{ Interfaces, IPs, Routes []*json.RawMessage }
+	_ = json.Unmarshal(stdout, &r) // what else is wrong with it the library says
+	return slices.Contains(slices.Concat(r.Interfaces, r.IPs, r.Routes), nil)
+}
+
 // answer is the error that a plugin reports, or what can be told of it.
 func answer(err error, stdout []byte, stderr string) error {
 	var e types.Error
 	if len(stdout) > 0 && json.Unmarshal(stdout, &e) == nil && (e.Msg != "" || e.Code != 0) {
+		e.Msg, e.Details = e.Msg[:min(len(e.Msg), maxStderr)], e.Details[:min(len(e.Details), maxStderr)]
 		return &e
 	}
 	if said := strings.TrimSpace(stderr + " " + string(stdout[:min(len(stdout), 1024)])); said != "" {
@@ -186,20 +201,17 @@ func scan(match func(environ []string) bool) (found bool) {
 	return found
 }
 
-// bounded keeps what is written up to max bytes; more is an error, or dropped.
+// bounded keeps what is written up to max bytes, and drops the rest. The buffer
+// is not embedded: whoever copies to it would use its ReadFrom, which has no bound.
 type bounded struct {
-	bytes.Buffer
+	buf  bytes.Buffer
 	max  int
-	drop bool
+	over bool
 }
 
 func (b *bounded) Write(p []byte) (int, error) {
-	if room := b.max - b.Len(); len(p) > room {
-		if !b.drop {
-			return 0, fmt.Errorf("the answer is longer than %d bytes: %w", b.max, errdefs.ErrResourceExhausted)
-		}
-		b.Buffer.Write(p[:room])
-		return len(p), nil
-	}
-	return b.Buffer.Write(p)
+	room := b.max - b.buf.Len()
+	b.over = b.over || len(p) > room
+	b.buf.Write(p[:min(len(p), room)])
+	return len(p), nil
 }

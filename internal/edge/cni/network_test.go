@@ -711,3 +711,34 @@ func TestInside(t *testing.T) {
 		t.Error("tests run in the network of the host")
 	}
 }
+
+// A plugin that talks without end costs a bounded amount of memory, and one
+// whose answer has holes costs no more than its pod.
+func TestBadAnswers(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.Config.UseInternalLoopback = true })
+	l.must(os.WriteFile(l.bin+"/p", []byte("#!/bin/sh\n[ $CNI_COMMAND = DEL ] && exit 0\n. \"$0.says\"\n"), 0o755))
+	l.list(l.conf, "10.conflist", "n", "p")
+	l.open()
+	p := l.pod("pod")
+	says := func(text string) error {
+		l.must(os.WriteFile(l.bin+"/p.says", []byte(text), 0o644))
+		_, err := l.n.Setup(t.Context(), p)
+		l.teardown(p.ID)
+		return err
+	}
+	if err := says("head -c 6000000 /dev/zero >&2; head -c 6000000 /dev/zero"); !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "ADD by plugin p: the answer is longer than 4194304 bytes") {
+		t.Errorf("long: %.300v", err)
+	}
+	for _, long := range []string{"head -c 6000000 /dev/zero >&2; exit 1", `printf '{"code":99,"msg":"'; head -c 1000000 /dev/zero | tr '\0' x; echo '"}'; exit 1`} {
+		if err := says(long); err == nil || len(err.Error()) > 8*maxStderr {
+			t.Errorf("%s: %.300v", long, err)
+		}
+	}
+	for _, answer := range []string{"", "null", "{}", "[]", `{"cniVersion":"1.0.0","ips":[null]}`, `{"cniVersion":"0.4.0","IPs":[null]}`, `{"cniVersion":"1.0.0","interfaces":[null],"ips":[{"address":"10.0.0.1/24"}]}`,
+		`{"cniVersion":"0.4.0","routes":[null]}`, `{"cniVersion":"0.2.0","ip4":null}`, `{"cniVersion":"1.0.0","ips":[{"address":null}]}`,
+		`{"cniVersion":"1.0.0","interfaces":[{}],"ips":[{"address":"10.0.0.1/24","interface":-1}]}`} {
+		if err := says("echo '" + answer + "'"); err == nil || !strings.Contains(err.Error(), "test/name-pod") {
+			t.Errorf("%s: %v", answer, err)
+		}
+	}
+}
