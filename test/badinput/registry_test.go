@@ -22,10 +22,12 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
 
 	"github.com/gantryd/gantry/core/image"
 	"github.com/gantryd/gantry/core/registry"
 	"github.com/gantryd/gantry/core/transfer"
+	"github.com/gantryd/gantry/internal/edge/wire/transferrpc"
 	"github.com/gantryd/gantry/test/testimage"
 )
 
@@ -404,6 +406,93 @@ func TestBadRegistries(t *testing.T) {
 	// The same image is fine when it comes from an honest registry.
 	if err := d.pull(newLiar(t, good).ref(), "overlayfs", registry.Options{}); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a pull has begun to download goes with it, whatever ends it: another
+// layer that is bad, or the client, who cancels or hangs up.
+//
+// contract: 6.3.11
+func TestCutDownloads(t *testing.T) {
+	d := start(t)
+	before := d.inventory()
+	file := func(name string) testimage.Layer {
+		return testimage.Layer{Files: []testimage.File{{Name: name, Body: bytes.Repeat([]byte(name+" is some text\n"), 5000)}}, Compression: "gzip"}
+	}
+	img, err := testimage.New(ocispec.ImageConfig{}, file("lower"), file("upper"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(img.Blobs[img.Target.Digest], &m); err != nil {
+		t.Fatal(err)
+	}
+	lower, upper := m.Layers[0].Digest, m.Layers[1].Digest
+	m.Layers[0], m.Layers[1] = m.Layers[1], m.Layers[0]
+	exchanged, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name string
+		bad  bool // an image whose other layer is bad
+		end  func(conn *grpc.ClientConn, cancel func())
+	}{
+		{"another layer is bad", true, nil},
+		{"the client cancels", false, func(_ *grpc.ClientConn, cancel func()) { cancel() }},
+		{"the client hangs up", false, func(conn *grpc.ClientConn, _ func()) { conn.Close() }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := newLiar(t, img)
+			if tc.bad {
+				l.manifest(ocispec.MediaTypeImageManifest, exchanged)
+			}
+			began := make(chan struct{}) // the lower layer's first bytes are in the store
+			l.before = func(w http.ResponseWriter, q *http.Request) bool {
+				switch {
+				case strings.Contains(q.URL.Path, lower.String()):
+					w.Header().Set("Content-Length", strconv.Itoa(len(img.Blobs[lower])))
+					w.Write(img.Blobs[lower][:50])
+					w.(http.Flusher).Flush()
+					for q.Context().Err() == nil {
+						st, err := d.content().Status(q.Context(), "layer-"+lower.String())
+						if err == nil && st.Offset == 50 {
+							close(began)
+							<-q.Context().Done()
+						}
+					}
+					return true
+				case strings.Contains(q.URL.Path, upper.String()):
+					select {
+					case <-began:
+					case <-q.Context().Done():
+					}
+				}
+				return false
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			conn := d.dial()
+			ended := make(chan error, 1)
+			go func() {
+				ended <- transferrpc.NewClient(conn, ns, "").Transfer(ctx, transfer.Registry{Reference: l.ref()}, transfer.ImageStore{Name: "example.org/bad:latest", Unpacks: []transfer.Unpack{{Snapshotter: "overlayfs"}}}, transfer.Options{})
+			}()
+			if tc.end != nil {
+				select {
+				case <-began:
+				case err := <-ended:
+					t.Fatalf("it ended by itself: %v", err)
+				}
+				tc.end(conn, cancel)
+			}
+			if err := <-ended; err == nil || ctx.Err() == context.DeadlineExceeded {
+				t.Errorf("it ended with %v", err)
+			}
+			if diff := d.difference(before); diff != "" {
+				t.Errorf("left behind:\n%s", diff)
+				before = d.inventory()
+			}
+		})
 	}
 }
 

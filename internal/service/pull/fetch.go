@@ -199,7 +199,9 @@ func (j *job) blob(ctx context.Context, desc ocispec.Descriptor, p transfer.Prog
 		p.Event, p.Progress = "downloading", st.Offset
 		j.progress(p)
 		if err := j.copy(ctx, w, desc, st.Offset, p); err != nil {
-			if errdefs.IsFailedPrecondition(err) {
+			// If the pull has been given up, that is the error, of any class, and
+			// says nothing of this blob: the next who wants it goes on from here.
+			if ctx.Err() == nil && errdefs.IsFailedPrecondition(err) {
 				j.abort(ctx, w, desc)
 			}
 			return false, err
@@ -208,6 +210,8 @@ func (j *job) blob(ctx context.Context, desc ocispec.Descriptor, p transfer.Prog
 		switch {
 		case err == nil:
 			return false, nil
+		case ctx.Err() != nil:
+			return false, err
 		case errdefs.IsAlreadyExists(err):
 			return true, j.source(ctx, desc)
 		case errdefs.IsFailedPrecondition(err) && resumed:

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -189,7 +190,9 @@ func TestPullLabelsAndSnapshots(t *testing.T) {
 	w2.clean(1)
 }
 
-// Bad images are refused with a reason and leave no image, lease, ingest or snapshot.
+// Bad images are refused with a reason and leave no image, lease or snapshot,
+// and no ingest of what is bad. One of another blob, which the failure has cut
+// short, is for the next pull, or for garbage collection.
 //
 // contract: 6.1.11, 6.4.1, 6.4.6
 // promise: P36, C4, C6
@@ -259,11 +262,66 @@ func TestBadImages(t *testing.T) {
 			err := w.pull(reg.Host()+"/app:1", c.store)
 			wantError(t, err, c.class, append(c.want, "pull "+reg.Host()+"/app:1")...)
 			w.clean(0)
-			if st, _ := w.space("test").content.Statuses(t.Context()); len(st) > 0 && errdefs.IsFailedPrecondition(err) {
-				t.Errorf("ingests are left: %v", st)
+			st, _ := w.space("test").content.Statuses(t.Context())
+			for _, st := range st {
+				if errdefs.IsFailedPrecondition(err) && strings.Contains(err.Error(), "fetch "+st.Ref) {
+					t.Errorf("what is bad is left: %+v", st)
+				}
 			}
 		})
 	}
+}
+
+// A download that is cut because another layer of the image is bad has done
+// nothing wrong: the next pull goes on where it ended.
+//
+// contract: 6.1.3
+func TestCutByAnother(t *testing.T) {
+	reg := registrytest.New(t)
+	img := registrytest.Build("amd64", 5000, registrytest.Gzip, registrytest.Gzip)
+	good, other := img.Layers[0], img.Layers[1]
+	reg.AddImage("app", "1", img)
+	m := map[string]any{}
+	_ = json.Unmarshal(img.Top, &m)
+	l := m["layers"].([]any)
+	l[0], l[1] = l[1], l[0] // so that the lower one is not what the config says
+	b, _ := json.Marshal(m)
+	reg.AddManifest("app", "bad", ocispec.MediaTypeImageManifest, b)
+	w := newWorld(t, edge.Config{})
+	const begun = 100
+	var ranges []string
+	reg.Hook = func(rw http.ResponseWriter, q *http.Request) bool {
+		switch {
+		case q.Method == http.MethodGet && strings.Contains(q.URL.Path, other.Digest.String()):
+			// Not before the one that is to be cut has begun.
+			for q.Context().Err() == nil {
+				if st, err := w.space("test").content.Status(q.Context(), manifest.RefKey(good)); err == nil && st.Offset == begun {
+					break
+				}
+				runtime.Gosched()
+			}
+		case q.Method == http.MethodGet && strings.Contains(q.URL.Path, good.Digest.String()):
+			ranges = append(ranges, q.Header.Get("Range"))
+			if len(ranges) == 1 {
+				rw.Header().Set("Content-Length", fmt.Sprint(good.Size))
+				rw.Write(img.Blobs[0][:begun])
+				rw.(http.Flusher).Flush()
+				<-q.Context().Done()
+				return true
+			}
+		}
+		return false
+	}
+	err := w.pull(reg.Host()+"/app:bad", core.ImageStore{Unpacks: unpackMemory()})
+	wantError(t, err, errdefs.IsFailedPrecondition, "the tar stream's digest is")
+	w.clean(0)
+	if err := w.pull(reg.Host()+"/app:1", core.ImageStore{Unpacks: unpackMemory()}); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"", fmt.Sprintf("bytes=%d-", begun)}; !slices.Equal(ranges, want) {
+		t.Errorf("the layer was asked for with ranges %q, want %q", ranges, want)
+	}
+	w.clean(1)
 }
 
 func desc(d ocispec.Descriptor) string {
