@@ -29,7 +29,7 @@ const (
 	settle = 20 * time.Millisecond
 	// again is when the configuration is read without having been told to, and
 	// poll is that when the kernel tells nothing.
-	again, poll = 10 * time.Second, 500 * time.Millisecond
+	again, poll = 10 * time.Second, 200 * time.Millisecond
 	// statusLimit is how long plugins may take to tell their status.
 	statusLimit = 5 * time.Second
 	// generated is the file that is made of the template.
@@ -38,7 +38,7 @@ const (
 
 // conf is a directory of configurations; Network.mu guards what was loaded.
 type conf struct {
-	dir string
+	dir string // as the kernel's events spell it
 	max int
 
 	networks []attachment
@@ -164,17 +164,16 @@ func (n *Network) Info() map[string]Info {
 // come and go, until ctx is done.
 func (n *Network) watch(ctx context.Context) {
 	w, err := fsnotify.NewWatcher()
-	every := again
+	every := poll
 	if err != nil {
 		n.o.Log.Warn("cni: configuration cannot be watched, it is polled", "every", poll, "err", err)
-		w, every = &fsnotify.Watcher{}, poll
+		w = &fsnotify.Watcher{}
 	} else {
 		defer w.Close()
 	}
-	armed := map[string]bool{}
 	for {
 		if err == nil {
-			armed = n.arm(w, armed)
+			every = n.arm(w)
 		}
 		n.reload() // after arming: nothing falls in between
 		if !n.changed(ctx, w, time.After(every)) {
@@ -223,32 +222,31 @@ func (n *Network) concerns(path string) bool {
 	return false
 }
 
-// arm watches the directories and their parents, or the nearest parent that is
-// there. A watch goes along with a directory that is moved away, so all are
-// made anew.
-func (n *Network) arm(w *fsnotify.Watcher, old map[string]bool) map[string]bool {
-	for dir := range old {
+// arm watches the directories and all on the way to them. A watch goes along
+// with a directory that is moved away, so all are made anew. It returns when to
+// look without having been told: soon if a link leads to what is not there,
+// because the kernel does not tell when that comes.
+func (n *Network) arm(w *fsnotify.Watcher) (every time.Duration) {
+	for _, dir := range w.WatchList() {
 		_ = w.Remove(dir) // it may be gone, and its watch with it
 	}
-	armed := map[string]bool{}
-	add := func(dir string) bool {
-		if armed[dir] {
-			return true
-		}
-		err := w.Add(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			n.o.Log.Warn("cni: watch configuration", "dir", dir, "err", err)
-		}
-		armed[dir] = err == nil
-		return err == nil
-	}
+	every = again
 	for _, c := range n.confs {
-		add(c.dir)
-		for dir := filepath.Dir(c.dir); !add(dir) && dir != "/" && dir != "."; {
-			dir = filepath.Dir(dir)
+		for dir := c.dir; ; dir = filepath.Dir(dir) {
+			err := w.Add(dir)
+			if errors.Is(err, fs.ErrNotExist) {
+				if _, lerr := os.Lstat(dir); lerr == nil {
+					every = poll
+				}
+			} else if err != nil {
+				n.o.Log.Warn("cni: watch configuration", "dir", dir, "err", err)
+			}
+			if dir == filepath.Dir(dir) {
+				break
+			}
 		}
 	}
-	return armed
+	return every
 }
 
 // UpdatePodCIDR writes the configuration from the template for the ranges of

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -77,12 +78,12 @@ func Open(o Options) (*Network, error) {
 			return lookup(environ, callEnv) != "" && interrupted[lookup(environ, "CNI_CONTAINERID")]
 		})
 	}
-	n.confs[""] = &conf{dir: o.Config.ConfDir, max: o.Config.MaxConfNum}
+	n.confs[""] = &conf{dir: clean(o.Config.ConfDir), max: o.Config.MaxConfNum}
 	for name, h := range o.PerRuntime {
 		if h.ConfDir == "" {
 			continue
 		}
-		c := &conf{dir: h.ConfDir, max: o.Config.MaxConfNum}
+		c := &conf{dir: clean(h.ConfDir), max: o.Config.MaxConfNum}
 		if h.MaxConfNum != 0 {
 			c.max = h.MaxConfNum
 		}
@@ -90,6 +91,14 @@ func Open(o Options) (*Network, error) {
 	}
 	n.reload()
 	return n, nil
+}
+
+// clean is filepath.Clean, which would make the working directory of none.
+func clean(dir string) string {
+	if dir == "" {
+		return ""
+	}
+	return filepath.Clean(dir)
 }
 
 // Setup adds p to its networks. After an error p is in none, or will be

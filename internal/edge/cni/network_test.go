@@ -742,3 +742,49 @@ func TestBadAnswers(t *testing.T) {
 		}
 	}
 }
+
+// The directory may be written in any form, and lie behind links.
+//
+// promise: P22
+func TestConfigurationAnywhere(t *testing.T) {
+	l := newLab(t, nil)
+	l.plugin("p")
+	real, etc := l.root+"/real", l.root+"/etc"
+	swap := func(to string) {
+		l.must(os.Symlink(to, l.root+"/new"), os.Rename(l.root+"/new", etc+"/cni"))
+	}
+	for form, dir := range map[string]string{"slash": etc + "/cni/net.d/", "dots": etc + "//cni/../cni/net.d"} {
+		t.Run(form, func(t *testing.T) {
+			l := &lab{T: t, root: l.root, bin: l.bin, conf: l.conf, o: l.o}
+			l.o.Config.ConfDir = dir
+			defer func() { l.stop() }()
+			l.must(os.RemoveAll(etc), os.RemoveAll(real), os.MkdirAll(etc, 0o755))
+			l.open()
+			seen := func(want bool, what string) {
+				t.Helper()
+				l.until(time.Second, what, func() bool { return (l.n.Status(context.Background(), "") == nil) == want })
+			}
+			write := func(in string) { l.list(in, "10-net.conflist", "net", "p") }
+			write(l.conf)
+			seen(true, "a directory that was made")
+			l.must(os.Rename(etc, etc+".old"))
+			seen(false, "its grandparent was moved away")
+			l.must(os.Rename(etc+".old", etc))
+			seen(true, "its grandparent is back")
+			l.must(os.RemoveAll(etc + "/cni"))
+			seen(false, "loss")
+			write(real + "/a/net.d")
+			swap(real + "/a")
+			seen(true, "a link to a directory")
+			l.must(os.MkdirAll(real+"/b/net.d", 0o755))
+			swap(real + "/b")
+			seen(false, "a link to an empty one")
+			write(real + "/b/net.d")
+			seen(true, "a file behind the link")
+			l.must(os.RemoveAll(real + "/b"))
+			seen(false, "loss behind the link")
+			write(real + "/b/net.d")
+			seen(true, "the target of the link, made anew")
+		})
+	}
+}
