@@ -31,7 +31,6 @@ type fetching struct {
 
 	mu      sync.Mutex
 	from    int // layers from here on have been started
-	cancel  context.CancelFunc
 	running sync.WaitGroup
 }
 
@@ -44,15 +43,12 @@ func newFetching(j *job, img *imageOf) *fetching {
 	return f
 }
 
-// start begins the download of layer i and all after it.
+// start begins the download of layer i and all after it. They end with ctx.
 func (f *fetching) start(ctx context.Context, i int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if i >= f.from {
 		return
-	}
-	if f.cancel == nil {
-		ctx, f.cancel = context.WithCancel(ctx)
 	}
 	first, last := i, f.from
 	f.from = i
@@ -112,17 +108,6 @@ func (f *fetching) wait(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// end stops what still runs and waits for it.
-func (f *fetching) end() {
-	f.mu.Lock()
-	cancel := f.cancel
-	f.mu.Unlock()
-	if cancel != nil {
-		cancel()
-	}
-	f.running.Wait()
 }
 
 // document fetches something that is read in memory later.

@@ -279,9 +279,9 @@ func (j *job) layers(ctx context.Context) error {
 			return img.fetching.wait(gctx)
 		})
 	}
-	err = g.Wait()
+	err = g.Wait() // which ends gctx
 	for _, img := range j.images {
-		img.fetching.end()
+		img.fetching.running.Wait()
 	}
 	return err
 }
