@@ -55,7 +55,8 @@ const (
 	lockTimeout   = 10 * time.Second
 	dialTimeout   = 5 * time.Second
 	deleteTimeout = 30 * time.Second
-	maxSocketPath = 106 // sun_path, its final zero and one to spare
+	dyingTime     = 200 * time.Millisecond // how long a killed process may keep its files
+	maxSocketPath = 106                    // sun_path, its final zero and one to spare
 	maxConfig     = 32 << 20
 
 	featuresType = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
@@ -547,7 +548,9 @@ func remove(a Args, stdout io.Writer, log *slog.Logger) error {
 	return err
 }
 
-// removeSocket removes the socket of a shim that does not listen any more.
+// removeSocket removes the socket of a shim that does not listen any more. The
+// threads of one that was just killed may keep it open for a moment: then the
+// connection ends, which that of a shim that lives does not.
 func removeSocket(bundle string) {
 	b, err := os.ReadFile(filepath.Join(bundle, "address"))
 	if err != nil {
@@ -557,11 +560,20 @@ func removeSocket(bundle string) {
 	if !ok || !filepath.IsAbs(path) {
 		return
 	}
-	conn, err := net.DialTimeout("unix", path, dialTimeout)
-	if err == nil {
+	for range 10 {
+		conn, err := net.DialTimeout("unix", path, dialTimeout)
+		if err != nil {
+			if errors.Is(err, unix.ECONNREFUSED) {
+				os.Remove(path)
+			}
+			return
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(dyingTime))
+		_, err = conn.Read(make([]byte, 1))
 		conn.Close()
-	} else if errors.Is(err, unix.ECONNREFUSED) {
-		os.Remove(path)
+		if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
 	}
 }
 

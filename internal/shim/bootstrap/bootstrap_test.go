@@ -202,3 +202,41 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// A shim that was killed may still listen for a moment, when the first of its
+// threads is gone and others are not; one that lives keeps its socket.
+// contract: 5.2.1
+func TestRemoveSocket(t *testing.T) {
+	for _, dying := range []bool{false, true} {
+		bundle, err := os.MkdirTemp("", "g")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(bundle) })
+		path := filepath.Join(bundle, "s")
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		t.Cleanup(func() { l.Close() })
+		if err := os.WriteFile(filepath.Join(bundle, "address"), []byte("unix://"+path), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		accepted := make(chan net.Conn, 1)
+		go func() {
+			if conn, err := l.Accept(); err == nil {
+				if dying {
+					l.Close()
+					conn.Close()
+				}
+				accepted <- conn
+			}
+		}()
+		removeSocket(bundle)
+		if exists(path) == dying {
+			t.Errorf("dying %v, socket there %v", dying, !dying)
+		}
+		(<-accepted).Close()
+	}
+}
