@@ -363,5 +363,10 @@ func TestUserNamespaceHostNetwork(t *testing.T) {
 		if out := c.Exec("tr -s ' ' < /proc/self/uid_map"); strings.TrimSpace(out) != "0 300000 65536" {
 			t.Errorf("%q", out)
 		}
+		// What is mounted below the host's comes with it, but for the runtime's
+		// own directory of cgroups.
+		if out := c.Exec(`awk '$5 ~ "^/sys(/|$)" && $6 !~ "^ro" && !/ - tmpfs tmpfs /' /proc/self/mountinfo`); out != "" {
+			t.Errorf("writable below /sys:\n%s", out)
+		}
 	}, critest.HostNetwork)
 }

@@ -72,8 +72,8 @@ func sandboxAnnotations(in SandboxInput) map[string]string {
 }
 
 func containerAnnotations(in ContainerInput) map[string]string {
-	a := Passthrough(in.Config.GetAnnotations(), in.Runtime.ContainerAnnotations)
-	maps.Copy(a, podAnnotations(in.PodID, in.Pod, in.Runtime.PodAnnotations)) // the pod's win
+	a := podAnnotations(in.PodID, in.Pod, in.Runtime.PodAnnotations)
+	maps.Copy(a, Passthrough(in.Config.GetAnnotations(), in.Runtime.ContainerAnnotations)) // the container's win
 	a[cristate.AnnotationContainerType] = "container"
 	a[cristate.AnnotationContainerName] = in.Config.GetMetadata().GetName()
 	a[cristate.AnnotationImageName] = in.ImageName

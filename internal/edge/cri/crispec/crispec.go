@@ -182,7 +182,7 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	if ns.user {
 		add(oci.WithIDMappings(ns.uids, ns.gids), oci.WithNamespace(specs.UserNamespace, in.UserNSPath))
 	}
-	opts = append(opts, ns.mounts()...)
+	opts = append(opts, ns.mounts(in.Host)...)
 	flags := []string{"rbind", "ro", "nosuid", "nodev", "noexec"} // in a user namespace none of them may be taken away
 	add(oci.WithoutMounts(devShm), oci.WithMounts(
 		specs.Mount{Destination: devShm, Type: "bind", Source: shm, Options: flags},
@@ -194,7 +194,7 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	for k, v := range sysctls {
 		add(oci.WithSysctl(k, v))
 	}
-	cgroup, err := CgroupPath(linux.GetCgroupParent(), in.ID, in.Host.SystemdCgroup)
+	cgroup, err := cgroupPath(linux.GetCgroupParent(), in.ID, in.Runtime, in.Host)
 	if err != nil {
 		return nil, fmt.Errorf("specification of pod sandbox %s: %w", in.ID, err)
 	}
@@ -263,7 +263,7 @@ func (in ContainerInput) spec() (*specs.Spec, error) {
 		return nil, err
 	}
 	opts = append(opts, devices...)
-	cgroup, err := CgroupPath(in.Pod.GetLinux().GetCgroupParent(), in.ID, in.Host.SystemdCgroup)
+	cgroup, err := cgroupPath(in.Pod.GetLinux().GetCgroupParent(), in.ID, in.Runtime, in.Host)
 	if err != nil {
 		return nil, err
 	}

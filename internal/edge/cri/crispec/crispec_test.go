@@ -229,9 +229,9 @@ var containerCases = map[string]func(*ContainerInput){
 		}
 	},
 	"annotations": func(in *ContainerInput) {
-		in.Config.Annotations = map[string]string{"ok.io/a": "1", "no.io/a": "1", cristate.AnnotationImageName: "forged", cristate.AnnotationSandboxMemory: "1"}
-		in.Pod.Annotations = map[string]string{"pod.io/a": "1", "pod.io/b/c": "no"}
-		in.Runtime.ContainerAnnotations, in.Runtime.PodAnnotations = []string{"ok.io/*", "io.kubernetes.cri.*"}, []string{"pod.io/*"}
+		in.Config.Annotations = map[string]string{"ok.io/a": "1", "no.io/a": "1", "both.io/a": "container's", cristate.AnnotationImageName: "forged", cristate.AnnotationSandboxMemory: "1"}
+		in.Pod.Annotations = map[string]string{"pod.io/a": "1", "pod.io/b/c": "no", "both.io/a": "pod's"}
+		in.Runtime.ContainerAnnotations, in.Runtime.PodAnnotations = []string{"ok.io/*", "both.io/*", "io.kubernetes.cri.*"}, []string{"pod.io/*", "both.io/*"}
 	},
 	"base": func(in *ContainerInput) { in.Base = baseSpec },
 	"base-default-profiles": func(in *ContainerInput) {

@@ -131,6 +131,19 @@ func TestCgroupPath(t *testing.T) {
 			t.Errorf("CgroupPath(%q, %v) = %q, %v", tc.parent, tc.systemd, got, err)
 		}
 	}
+	// runsc and kata have no option SystemdCgroup: they go by the path.
+	for _, tc := range []struct{ kind, parent, want string }{
+		{"io.containerd.runsc.v1", "/kubepods.slice/kubepods-podx.slice", "kubepods-podx.slice:cri-containerd:pod1"},
+		{"io.containerd.kata.v2", "/kubepods/podx", "/kubepods/podx/pod1"},
+		{"io.containerd.runsc.v1", "", "/k8s.io/pod1"},
+		{"io.containerd.runc.v2", "/kubepods.slice/kubepods-podx.slice", "/kubepods.slice/kubepods-podx.slice/pod1"},
+	} {
+		in := sandboxInput()
+		in.Runtime.Type, in.Config.Linux.CgroupParent = tc.kind, tc.parent
+		if s, err := Sandbox(in); err != nil || s.Linux.CgroupsPath != tc.want {
+			t.Errorf("%s below %q: %v", tc.kind, tc.parent, err)
+		}
+	}
 }
 
 // contract: 7.3.13
@@ -235,6 +248,22 @@ func TestSELinux(t *testing.T) {
 		if !selinuxLevel.MatchString(level) {
 			t.Errorf("level %s is refused", level)
 		}
+	}
+	const pod = "system_u:system_r:spc_t:s0:c1,c2"
+	for _, tc := range []struct {
+		o    *runtime.SELinuxOption
+		pod  string
+		want string
+	}{
+		{nil, "", ""}, {nil, pod, "user:system_u role:system_r type:spc_t level:s0:c1,c2"}, {&runtime.SELinuxOption{}, pod, "user:system_u role:system_r type:spc_t level:s0:c1,c2"},
+		{&runtime.SELinuxOption{Type: "my_t"}, pod, "type:my_t level:s0:c1,c2"}, {&runtime.SELinuxOption{Level: "s0"}, pod, "level:s0"}, {&runtime.SELinuxOption{User: "me"}, "", "user:me"},
+	} {
+		if got, err := labelOptions(tc.o, tc.pod); err != nil || strings.Join(got, " ") != tc.want {
+			t.Errorf("%v in a pod of %q: %q, %v", tc.o, tc.pod, got, err)
+		}
+	}
+	if _, err := labelOptions(nil, "x"); err == nil {
+		t.Error("the label of a pod may be anything")
 	}
 	in := containerInput()
 	in.privileged()

@@ -84,7 +84,7 @@ func mappings(in []*runtime.IDMapping) ([]specs.LinuxIDMapping, error) {
 }
 
 // mounts adapts the kernel's file systems to the namespaces.
-func (ns namespaces) mounts() []oci.Option {
+func (ns namespaces) mounts(h Host) []oci.Option {
 	if !ns.user {
 		return nil
 	}
@@ -98,8 +98,12 @@ func (ns namespaces) mounts() []oci.Option {
 				m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "gid=5" })
 			case m.Type == "sysfs" && ns.network == runtime.NamespaceMode_NODE:
 				// The sysfs of a network that the user namespace does not own
-				// cannot be mounted anew.
+				// cannot be mounted anew. With it come the file systems below it,
+				// which a plain ro leaves writable.
 				m.Type, m.Source, m.Options = "bind", "/sys", append([]string{"rbind"}, m.Options...)
+				if i := slices.Index(m.Options, "ro"); i >= 0 && h.RecursiveReadOnly {
+					m.Options[i] = "rro"
+				}
 			}
 		}
 		return nil
@@ -178,7 +182,7 @@ func (in ContainerInput) namespaces() ([]oci.Option, error) {
 	} else {
 		opts = append(opts, oci.WithNamespace(specs.CgroupNamespace, ""))
 	}
-	return append(opts, pod.mounts()...), nil
+	return append(opts, pod.mounts(in.Host)...), nil
 }
 
 // Sysctls are the kernel parameters of a pod's namespaces: those of the request
@@ -219,6 +223,13 @@ func Sysctls(c *runtime.PodSandboxConfig, cfg cristate.RuntimeConfig, h Host) (m
 		out[key] = v
 	}
 	return out, nil
+}
+
+// cgroupPath is the cgroup of a sandbox or container. Whether a runtime that is
+// not runc leaves it to systemd is in a configuration of its own: the form of
+// the parent, which the kubelet chose, tells.
+func cgroupPath(parent, id string, rt cristate.Runtime, h Host) (string, error) {
+	return CgroupPath(parent, id, h.SystemdCgroup || !rt.Runc() && strings.HasSuffix(parent, ".slice"))
 }
 
 // CgroupPath is the cgroup of a sandbox or container below its pod's, in the

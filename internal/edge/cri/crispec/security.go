@@ -235,27 +235,9 @@ var selinuxLevel = regexp.MustCompile(`^s\d{1,2}(-s\d{1,2})?(:c\d{1,4}(\.c\d{1,4
 // for a pod's categories is reserved until selinux.ReleaseLabel. vm says that
 // the runtime runs virtual machines. ErrInvalidArgument.
 func Labels(o *runtime.SELinuxOption, pod string, vm bool) (process, mount string, err error) {
-	for _, f := range []string{o.GetUser(), o.GetRole(), o.GetType()} {
-		if strings.ContainsAny(f, ": \t\n\x00,") {
-			return "", "", fmt.Errorf("SELinux option %q: %w", short(f), errdefs.ErrInvalidArgument)
-		}
-	}
-	level := o.GetLevel()
-	if level != "" && !selinuxLevel.MatchString(level) {
-		return "", "", fmt.Errorf("SELinux level %q: %w", short(level), errdefs.ErrInvalidArgument)
-	}
-	if level == "" && pod != "" {
-		c, err := selinux.NewContext(pod)
-		if err != nil {
-			return "", "", fmt.Errorf("SELinux label %q of the pod: %w", pod, err)
-		}
-		level = c["level"]
-	}
-	var opts []string
-	for _, f := range [][2]string{{"user", o.GetUser()}, {"role", o.GetRole()}, {"type", o.GetType()}, {"level", level}} {
-		if f[1] != "" {
-			opts = append(opts, f[0]+":"+f[1])
-		}
+	opts, err := labelOptions(o, pod)
+	if err != nil {
+		return "", "", err
 	}
 	process, mount, err = label.InitLabels(opts)
 	if err != nil {
@@ -267,4 +249,34 @@ func Labels(o *runtime.SELinuxOption, pod string, vm bool) (process, mount strin
 		}
 	}
 	return process, mount, nil
+}
+
+// labelOptions are the parts of a label that are not the host's choice.
+func labelOptions(o *runtime.SELinuxOption, pod string) ([]string, error) {
+	for _, f := range []string{o.GetUser(), o.GetRole(), o.GetType()} {
+		if strings.ContainsAny(f, ": \t\n\x00,") {
+			return nil, fmt.Errorf("SELinux option %q: %w", short(f), errdefs.ErrInvalidArgument)
+		}
+	}
+	if l := o.GetLevel(); l != "" && !selinuxLevel.MatchString(l) {
+		return nil, fmt.Errorf("SELinux level %q: %w", short(l), errdefs.ErrInvalidArgument)
+	}
+	var shared selinux.Context
+	if pod != "" {
+		var err error
+		if shared, err = selinux.NewContext(pod); err != nil {
+			return nil, fmt.Errorf("SELinux label %q of the pod: %w", short(pod), err)
+		}
+	}
+	own := o.GetUser()+o.GetRole()+o.GetType()+o.GetLevel() != ""
+	var opts []string
+	for _, f := range [][2]string{{"user", o.GetUser()}, {"role", o.GetRole()}, {"type", o.GetType()}, {"level", o.GetLevel()}} {
+		if f[1] == "" && (!own || f[0] == "level") {
+			f[1] = shared[f[0]]
+		}
+		if f[1] != "" {
+			opts = append(opts, f[0]+":"+f[1])
+		}
+	}
+	return opts, nil
 }
