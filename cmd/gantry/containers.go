@@ -87,7 +87,7 @@ func (a *app) find(ctx context.Context, v view.View, ref string) (container.Cont
 			return c, &hinted{err, fmt.Sprintf("did you mean %s?", best)}
 		}
 	}
-	return c, &hinted{err, "list all containers with: gantry ps -a"}
+	return c, &hinted{err, "list all containers with: " + a.us() + " ps -a"}
 }
 
 // onContainers makes a command of what it does with several containers.
@@ -153,7 +153,7 @@ func (a *app) clearTask(ctx context.Context, v view.View, c container.Container)
 		_, err := v.Tasks().Delete(ctx, c.ID)
 		return ignoreNotFound(err)
 	case p.Status == task.StatusPaused:
-		return &hinted{fmt.Errorf("start container %s: it is paused: %w", c.ID, errdefs.ErrFailedPrecondition), fmt.Sprintf("use gantry unpause %s", c.ID)}
+		return &hinted{fmt.Errorf("start container %s: it is paused: %w", c.ID, errdefs.ErrFailedPrecondition), fmt.Sprintf("use %s unpause %s", a.us(), c.ID)}
 	}
 	return fmt.Errorf("start container %s: it is %s already: %w", c.ID, strings.ToLower(p.Status.String()), errdefs.ErrFailedPrecondition)
 }
@@ -289,7 +289,7 @@ func (a *app) killCommand() *cobra.Command {
 		}
 		if err != nil {
 			if errdefs.IsNotFound(err) {
-				return &hinted{fmt.Errorf("kill container %s: it is not running: %w", c.ID, errdefs.ErrFailedPrecondition), "see: gantry ps -a"}
+				return &hinted{fmt.Errorf("kill container %s: it is not running: %w", c.ID, errdefs.ErrFailedPrecondition), "see: " + a.us() + " ps -a"}
 			}
 			return err
 		}
@@ -302,22 +302,29 @@ func (a *app) killCommand() *cobra.Command {
 
 func (a *app) pauseCommand() *cobra.Command {
 	return a.each("pause CONTAINER...", "Freeze the processes of containers", func(ctx context.Context, v view.View, c container.Container) error {
-		return notRunning(c, "pause", v.Tasks().Pause(ctx, c.ID))
+		return a.notRunning(c, "pause", v.Tasks().Pause(ctx, c.ID))
 	})
 }
 
 func (a *app) unpauseCommand() *cobra.Command {
 	return a.each("unpause CONTAINER...", "Thaw the processes of containers", func(ctx context.Context, v view.View, c container.Container) error {
-		return notRunning(c, "unpause", v.Tasks().Resume(ctx, c.ID))
+		return a.notRunning(c, "unpause", v.Tasks().Resume(ctx, c.ID))
 	})
 }
 
-// notRunning makes legible that a container has no task.
-func notRunning(c container.Container, verb string, err error) error {
-	if errdefs.IsNotFound(err) {
-		return &hinted{fmt.Errorf("%s container %s: it is not running: %w", verb, c.ID, errdefs.ErrFailedPrecondition), fmt.Sprintf("start it with: gantry start %s", c.ID)}
+// notRunning makes legible that a container has no task. One of a pod is
+// started by the kubelet, never again under the same id.
+func (a *app) notRunning(c container.Container, verb string, err error) error {
+	if !errdefs.IsNotFound(err) {
+		return err
 	}
-	return err
+	hint := fmt.Sprintf("start it with: %s start %s", a.us(), c.ID)
+	if spec, err := client.Spec(c); err == nil {
+		if k := kubernetesOf(spec); k != nil {
+			hint = fmt.Sprintf("it is of a pod, see: gantry pod ls %s/%s", k.Namespace, k.Pod)
+		}
+	}
+	return &hinted{fmt.Errorf("%s container %s: it is not running: %w", verb, c.ID, errdefs.ErrFailedPrecondition), hint}
 }
 
 func (a *app) rmCommand() *cobra.Command {
@@ -343,7 +350,7 @@ func (a *app) remove(ctx context.Context, v view.View, c container.Container, fo
 	}
 	if err != nil && !errdefs.IsNotFound(err) {
 		if errdefs.IsFailedPrecondition(err) {
-			err = &hinted{err, fmt.Sprintf("stop it first (gantry stop %s), or use rm --force", c.ID)}
+			err = &hinted{err, fmt.Sprintf("stop it first (%s stop %s), or use rm --force", a.us(), c.ID)}
 		}
 		return err
 	}
@@ -380,7 +387,7 @@ func (a *app) waitCommand() *cobra.Command {
 			}
 			exit, err := v.Tasks().Wait(ctx, c.ID, "")
 			if err != nil {
-				return notRunning(c, "wait for", err)
+				return a.notRunning(c, "wait for", err)
 			}
 			exits = append(exits, exit)
 			if a.format != "json" {
@@ -461,10 +468,11 @@ func (a *app) psCommand() *cobra.Command {
 				}
 			}
 			if quiet {
+				var ids []string
 				for _, r := range list {
-					fmt.Fprintln(a.out, r.ID)
+					ids = append(ids, string(r.ID))
 				}
-				return nil
+				return a.names(ids...)
 			}
 			var rows [][]string
 			kube := slices.ContainsFunc(list, func(r containerRow) bool { return r.Kubernetes != nil })
@@ -492,7 +500,9 @@ func (a *app) psCommand() *cobra.Command {
 			if len(list) == 0 && len(filters) == 0 {
 				defer a.elsewhere(ctx, "ps", hasContainers)
 			}
-			if kube {
+			if noTrunc {
+				a.wide = true
+			} else if kube {
 				header, rows = a.squeeze(header, rows, "COMMAND", "CREATED", "IMAGE")
 			}
 			return a.table(list, header, rows)
@@ -501,7 +511,7 @@ func (a *app) psCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVarP(&all, "all", "a", false, "list those that do not run as well")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print only ids")
-	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten ids and commands")
+	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten anything")
 	f.StringArrayVarP(&filters, "filter", "f", nil, "`condition`, see above")
 	return cmd
 }

@@ -28,7 +28,7 @@ func (a *app) execCommand() *cobra.Command {
 	var env, envFiles []string
 	var workdir, user string
 	cmd := &cobra.Command{
-		Use: "exec CONTAINER COMMAND [ARG...]", Short: "Run a command in a running container", GroupID: "run", Args: cobra.MinimumNArgs(2),
+		Use: "exec [FLAG...] CONTAINER COMMAND [ARG...]", DisableFlagsInUseLine: true, Short: "Run a command in a running container", GroupID: "run", Args: cobra.MinimumNArgs(2),
 		Example: "  gantry exec -it web sh\n  gantry exec -u nobody -w /tmp web ls -l",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
@@ -48,13 +48,13 @@ func (a *app) execCommand() *cobra.Command {
 			}
 			p, err := v.Tasks().Get(ctx, c.ID, "")
 			if err != nil {
-				return notRunning(c, "exec in", err)
+				return a.notRunning(c, "exec in", err)
 			}
 			switch p.Status {
 			case task.StatusPaused:
-				return &hinted{fmt.Errorf("exec in container %s: it is paused: %w", c.ID, errdefs.ErrFailedPrecondition), "use gantry unpause " + string(c.ID)}
+				return &hinted{fmt.Errorf("exec in container %s: it is paused: %w", c.ID, errdefs.ErrFailedPrecondition), "use " + a.us() + " unpause " + string(c.ID)}
 			case task.StatusStopped, task.StatusCreated:
-				return notRunning(c, "exec in", errdefs.ErrNotFound)
+				return a.notRunning(c, "exec in", errdefs.ErrNotFound)
 			}
 			spec, err := client.Spec(c)
 			if err != nil {
@@ -180,7 +180,7 @@ func (a *app) attachCommand() *cobra.Command {
 				if err == nil {
 					err = errdefs.ErrNotFound
 				}
-				return notRunning(c, "attach to", err)
+				return a.notRunning(c, "attach to", err)
 			}
 			code, err := a.attach(ctx, v, c, p, !noStdin, !noSignals)
 			return exitError(code, err)

@@ -209,7 +209,7 @@ func (a *app) pullCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := a.pull(cmd.Context(), args[0], &p)
 			if err == nil && (p.quiet || a.format == "json") {
-				fmt.Fprintln(a.out, name)
+				err = a.names(name)
 			}
 			return err
 		},
@@ -400,6 +400,7 @@ func (a *app) rmiCommand() *cobra.Command {
 		Use: "rmi IMAGE...", Short: "Remove images", GroupID: "image", Args: cobra.MinimumNArgs(1),
 		RunE: a.inView(func(ctx context.Context, v view.View, args []string) error {
 			var all error
+			var done []string
 			for i, ref := range args {
 				img, err := a.findImage(ctx, v, ref)
 				if err == nil {
@@ -407,13 +408,13 @@ func (a *app) rmiCommand() *cobra.Command {
 				}
 				switch {
 				case err == nil:
-					fmt.Fprintln(a.out, img.Name)
+					done = append(done, img.Name)
 				case force && errdefs.IsNotFound(err):
 				default:
 					all = errors.Join(all, err)
 				}
 			}
-			return all
+			return errors.Join(a.names(done...), all)
 		}),
 	}
 	cmd.Flags().BoolVar(&async, "async", false, "do not wait until the disk space is free")
@@ -430,6 +431,7 @@ func (a *app) tagCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			var done []string
 			for _, ref := range args[1:] {
 				name, err := normalize(ref)
 				if err != nil {
@@ -444,11 +446,11 @@ func (a *app) tagCommand() *cobra.Command {
 					err = &hinted{err, "use --force to point the name at another image"}
 				}
 				if err != nil {
-					return err
+					return errors.Join(a.names(done...), err)
 				}
-				fmt.Fprintln(a.out, name)
+				done = append(done, name)
 			}
-			return nil
+			return a.names(done...)
 		}),
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "a name that exists is pointed at the image")
@@ -557,13 +559,7 @@ func (a *app) loadCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if a.format == "json" {
-				return a.json(names)
-			}
-			for _, n := range names {
-				fmt.Fprintln(a.out, n)
-			}
-			return nil
+			return a.names(names...)
 		},
 	}
 	f := cmd.Flags()

@@ -91,8 +91,9 @@ func kubernetesLog(c container.Container) string {
 	return m.Metadata.LogPath
 }
 
-// kubernetesEnds fills in how containers of pods have ended: their tasks are
-// gone then, and only the CRI knows. A daemon without it says nothing.
+// kubernetesEnds fills in how containers of pods have ended, and that pods have
+// stopped: their tasks are gone then, and only the CRI knows. A daemon without it
+// says nothing.
 func (a *app) kubernetesEnds(ctx context.Context, rows []containerRow) error {
 	ctx, cancel := context.WithTimeout(ctx, podTimeout)
 	defer cancel()
@@ -101,23 +102,35 @@ func (a *app) kubernetesEnds(ctx context.Context, rows []containerRow) error {
 	rt := runtime.NewRuntimeServiceClient(a.client.Conn())
 	for i := range rows {
 		r := &rows[i]
-		if r.Kubernetes == nil || r.Kubernetes.Pause || r.Status != "created" {
+		if r.Kubernetes == nil || r.Status != "created" {
 			continue
 		}
 		g.Go(func() error {
+			if r.Kubernetes.Pause {
+				answer, err := rt.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: string(r.ID)})
+				if err == nil && answer.GetStatus().GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY {
+					r.Status = "exited"
+				}
+				return unlessAbsent(err)
+			}
 			answer, err := rt.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: string(r.ID)})
-			switch st := answer.GetStatus(); {
-			case errdefs.IsNotFound(err), errdefs.IsNotImplemented(err), errdefs.IsUnavailable(err):
-			case err != nil:
-				return err
-			case st.GetState() == runtime.ContainerState_CONTAINER_EXITED:
+			if st := answer.GetStatus(); err == nil && st.GetState() == runtime.ContainerState_CONTAINER_EXITED {
 				code, at := uint32(st.GetExitCode()), time.Unix(0, st.GetFinishedAt())
 				r.Status, r.ExitCode, r.ExitedAt = "exited", &code, &at
 			}
-			return nil
+			return unlessAbsent(err)
 		})
 	}
 	return g.Wait()
+}
+
+// unlessAbsent drops the error of a daemon that has no CRI, or whose CRI does not
+// know what was asked about.
+func unlessAbsent(err error) error {
+	if errdefs.IsNotFound(err) || errdefs.IsNotImplemented(err) || errdefs.IsUnavailable(err) {
+		return nil
+	}
+	return err
 }
 
 // errFound ends a walk that has seen enough.

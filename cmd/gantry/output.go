@@ -67,8 +67,25 @@ func (a *app) json(v any) error {
 	return e.Encode(v)
 }
 
-// width is the terminal's in cells, 0 if out is none.
+// names prints what a command has done something with: a line each, or a list if
+// JSON was asked for.
+func (a *app) names(list ...string) error {
+	if a.format == "json" {
+		return a.json(list)
+	}
+	for _, n := range list {
+		if _, err := fmt.Fprintln(a.out, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// width is the terminal's in cells, 0 if out is none or nothing is to be cut.
 func (a *app) width() int {
+	if a.wide {
+		return 0
+	}
 	if w, _, err := term.GetSize(int(a.out.Fd())); err == nil {
 		return w
 	}

@@ -44,8 +44,14 @@ func (a *app) podCommand() *cobra.Command {
 		a.podLsCommand(), a.podInspectCommand(), a.podStopCommand(), a.podRmCommand(), a.podLogsCommand(), a.podExecCommand(), a.podAttachCommand(), a.podForwardCommand(), a.podStatsCommand())
 	pod.GroupID = "run"
 	pod.Long = "Shows the pods that a kubelet has made on this machine, and manages them without the kubelet.\n\n" +
-		"POD is a name, NAMESPACE/NAME, or the beginning of an id. Here -n is a namespace of Kubernetes, such as kube-system.\n" +
+		"POD is a name, NAMESPACE/NAME, or the beginning of an id.\n" +
 		"What Kubernetes wants is its API server's affair: a pod that is stopped or removed here, the kubelet makes anew."
+	// In the place of the flag that all commands have: pods are in no namespace of containers.
+	pod.PersistentFlags().StringVarP(&a.podNamespace, "namespace", "n", "", "`namespace` of Kubernetes, such as kube-system (all)")
+	pod.PersistentFlags().BoolVarP(&a.all, "all-namespaces", "A", false, "look at all namespaces, as without -n")
+	if err := pod.RegisterFlagCompletionFunc("namespace", a.completePodNamespaces); err != nil {
+		panic(err) // it was just defined
+	}
 	for _, c := range pod.Commands() {
 		c.ValidArgsFunction = a.completePods
 		if c.Flags().Lookup("container") != nil {
@@ -64,9 +70,8 @@ func (a *app) pods(cmd *cobra.Command) (*pods, error) {
 		return nil, err
 	}
 	p := &pods{RuntimeServiceClient: runtime.NewRuntimeServiceClient(c.Conn())}
-	// The flag's default is a namespace of containers, which pods do not have.
-	if f := cmd.Flag("namespace"); f != nil && f.Changed && a.namespace != string(kubernetesNamespace) {
-		p.namespace = a.namespace
+	if !a.all && a.podNamespace != string(kubernetesNamespace) { // who says -n k8s.io means all that is there
+		p.namespace = a.podNamespace
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), connectTimeout)
 	defer cancel()
@@ -295,30 +300,32 @@ func (a *app) podLsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var found []*runtime.PodSandbox
-			if len(args) == 0 {
-				found, err = p.list(ctx, filter)
+			found, err := p.list(ctx, filter)
+			if err == nil && len(args) > 0 {
+				some := found[:0:0]
+				err = every(args, func(ref string) error {
+					x, err := p.find(ctx, ref)
+					if err == nil && slices.ContainsFunc(found, func(f *runtime.PodSandbox) bool { return f.Id == x.Id }) {
+						some = append(some, x)
+					}
+					return err
+				})
+				found = some
 			}
-			if err = errors.Join(err, every(args, func(ref string) error {
-				x, err := p.find(ctx, ref)
-				found = append(found, x)
-				return err
-			})); err != nil {
+			if err != nil {
 				return err
 			}
 			slices.SortStableFunc(found, func(x, y *runtime.PodSandbox) int {
 				return cmp.Or(strings.Compare(x.GetMetadata().GetNamespace(), y.GetMetadata().GetNamespace()), strings.Compare(x.GetMetadata().GetName(), y.GetMetadata().GetName()))
 			})
 			if quiet {
+				var ids []string
 				for _, x := range found {
-					fmt.Fprintln(a.out, x.Id)
+					ids = append(ids, x.Id)
 				}
-				return nil
+				return a.names(ids...)
 			}
-			list, err := p.rows(ctx, found)
-			if err != nil {
-				return err
-			}
+			list, sick := p.rows(ctx, found)
 			var rows [][]string
 			for _, r := range list {
 				handler, ip, id := r.Handler, "", r.ID
@@ -331,30 +338,38 @@ func (a *app) podLsCommand() *cobra.Command {
 				}
 				rows = append(rows, []string{r.Namespace, printable(r.Name), r.State, fmt.Sprintf("%d/%d", r.Running, len(r.Containers)), age(r.CreatedAt), ip, handler, id})
 			}
-			header, rows := a.squeeze("NAMESPACE|NAME|STATE|READY|AGE|IP|HANDLER|ID", rows, "ID", "HANDLER", "IP")
-			return a.table(list, header, rows)
+			header := "NAMESPACE|NAME|STATE|READY|AGE|IP|HANDLER|ID"
+			if noTrunc {
+				a.wide = true
+			} else {
+				header, rows = a.squeeze(header, rows, "ID", "HANDLER", "IP")
+			}
+			return errors.Join(a.table(list, header, rows), sick)
 		},
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&quiet, "quiet", "q", false, "print only ids")
-	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten ids")
+	f.BoolVar(&noTrunc, "no-trunc", false, "do not shorten anything")
 	f.StringVar(&state, "state", "", "only those in this `state`: ready or stopped")
 	f.StringArrayVarP(&labels, "selector", "l", nil, "only those with a label `KEY=VALUE`")
 	return cmd
 }
 
-// rows asks for what the list of pods does not tell. One that goes meanwhile is left out.
+// rows asks for what the list of pods does not tell. One that goes meanwhile is
+// left out; of one whose status cannot be had, the rest is shown. The error is
+// that of all of those.
 func (p *pods) rows(ctx context.Context, found []*runtime.PodSandbox) ([]podRow, error) {
+	list := []podRow{}
 	containers, err := p.containers(ctx, "")
 	if err != nil {
-		return nil, err
+		return list, err
 	}
 	of := map[string][]*runtime.Container{}
 	for _, c := range containers {
 		of[c.PodSandboxId] = append(of[c.PodSandboxId], c)
 	}
-	all := make([]*podRow, len(found))
-	g, ctx := errgroup.WithContext(ctx)
+	all, sick := make([]*podRow, len(found)), make([]error, len(found))
+	var g errgroup.Group
 	g.SetLimit(podAsks)
 	for i, x := range found {
 		g.Go(func() error {
@@ -378,7 +393,7 @@ func (p *pods) rows(ctx context.Context, found []*runtime.PodSandbox) ([]podRow,
 				return nil
 			}
 			if err != nil {
-				return fmt.Errorf("status of pod %s: %w", podTitle(m), err)
+				sick[i] = fmt.Errorf("status of pod %s: %w", podTitle(m), err)
 			}
 			if n := st.GetStatus().GetNetwork(); n.GetIp() != "" {
 				r.IPs = append(r.IPs, n.GetIp())
@@ -390,16 +405,13 @@ func (p *pods) rows(ctx context.Context, found []*runtime.PodSandbox) ([]podRow,
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	list := []podRow{}
+	g.Wait() // each has its own error
 	for _, r := range all {
 		if r != nil {
 			list = append(list, *r)
 		}
 	}
-	return list, nil
+	return list, errors.Join(sick...)
 }
 
 // shortID is what a table shows of a random id: as much as tells them apart.
@@ -565,6 +577,18 @@ func (a *app) completePods(cmd *cobra.Command, args []string, word string) ([]st
 			} else {
 				names = append(names, x.GetMetadata().GetName())
 			}
+		}
+		slices.Sort(names)
+		return slices.Compact(names), err
+	})(cmd, nil, word)
+}
+
+// completePodNamespaces makes the shell know the namespaces that have pods here.
+func (a *app) completePodNamespaces(cmd *cobra.Command, _ []string, word string) ([]string, cobra.ShellCompDirective) {
+	return a.completion(func(ctx context.Context, _ view.View) (names []string, err error) {
+		list, err := (&pods{RuntimeServiceClient: runtime.NewRuntimeServiceClient(a.client.Conn())}).list(ctx, nil)
+		for _, x := range list {
+			names = append(names, x.GetMetadata().GetNamespace())
 		}
 		slices.Sort(names)
 		return slices.Compact(names), err

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -8,6 +10,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/image"
 )
@@ -71,5 +75,52 @@ func TestOnce(t *testing.T) {
 	}
 	if !slices.Equal(also["r/a:1"], []string{id("config of a"), "r/a@" + a.String()}) || len(also["r/b@"+b.String()]) != 1 || len(also) != 2 {
 		t.Errorf("%q", also)
+	}
+}
+
+// sickCRI is a daemon that cannot say how one pod is, and has just lost another.
+type sickCRI struct{ runtime.RuntimeServiceClient }
+
+func (sickCRI) ListContainers(context.Context, *runtime.ListContainersRequest, ...grpc.CallOption) (*runtime.ListContainersResponse, error) {
+	return &runtime.ListContainersResponse{}, nil
+}
+
+func (sickCRI) PodSandboxStatus(_ context.Context, r *runtime.PodSandboxStatusRequest, _ ...grpc.CallOption) (*runtime.PodSandboxStatusResponse, error) {
+	switch r.PodSandboxId {
+	case "sick":
+		return nil, fmt.Errorf("its shim does not answer: %w", context.DeadlineExceeded)
+	case "gone":
+		return nil, errdefs.ErrNotFound
+	}
+	return &runtime.PodSandboxStatusResponse{Status: &runtime.PodSandboxStatus{Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.1"}}}, nil
+}
+
+// One sick pod does not keep the others from being listed.
+func TestRowsOfSickPod(t *testing.T) {
+	var found []*runtime.PodSandbox
+	for _, id := range []string{"a", "gone", "sick", "z"} {
+		found = append(found, &runtime.PodSandbox{Id: id, Metadata: &runtime.PodSandboxMetadata{Namespace: "n", Name: id}})
+	}
+	rows, err := (&pods{RuntimeServiceClient: sickCRI{}}).rows(t.Context(), found)
+	if err == nil || err.Error() != "status of pod n/sick: its shim does not answer: context deadline exceeded" {
+		t.Error(err)
+	}
+	if len(rows) != 3 || rows[0].IPs[0] != "10.0.0.1" || rows[1].ID != "sick" || len(rows[1].IPs) != 0 || rows[2].IPs[0] != "10.0.0.1" {
+		t.Errorf("%+v", rows)
+	}
+}
+
+func TestShortIDsInErrors(t *testing.T) {
+	id := strings.Repeat("0123456789abcdef", 4)
+	for text, want := range map[string]string{
+		"container " + id + ": task k8s.io/" + id + ": no": "container 0123456789ab: task k8s.io/0123456789ab: no",
+		`container "` + id + `": not found`:                `container "0123456789ab": not found`,
+		"open /run/x/k8s.io/" + id + "/log: no":            "open /run/x/k8s.io/" + id + "/log: no",
+		"blob sha256:" + id + ": not found":                "blob sha256:" + id + ": not found",
+		id + "0 is too long":                               id + "0 is too long",
+	} {
+		if got := legible(text); got != want {
+			t.Errorf("%q: %q", text, got)
+		}
 	}
 }

@@ -79,7 +79,7 @@ func (a *app) podExecCommand() *cobra.Command {
 	var interactive, tty bool
 	var name string
 	cmd := &cobra.Command{
-		Use: "exec POD [-c CONTAINER] -- COMMAND [ARG...]", Short: "Run a command in a container of a pod", Args: cobra.MinimumNArgs(1),
+		Use: "exec [FLAG...] POD [-c CONTAINER] -- COMMAND [ARG...]", DisableFlagsInUseLine: true, Short: "Run a command in a container of a pod", Args: cobra.MinimumNArgs(1),
 		Example: "  gantry pod exec -it web -- sh\n  gantry pod exec kube-system/dns -c sidecar -- ls -l /",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
@@ -420,7 +420,9 @@ func (a *app) podForwardCommand() *cobra.Command {
 					return err
 				}
 				defer l.Close()
-				fmt.Fprintf(a.out, "%s -> %s:%d\n", l.Addr(), title, f.remote)
+				if err := a.forwarding(forwardRow{Address: l.Addr().String(), Pod: title, Port: f.remote}); err != nil {
+					return err
+				}
 				all.Go(func() {
 					for {
 						c, err := l.Accept()
@@ -450,6 +452,26 @@ func (a *app) podForwardCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&bind, "bind", "127.0.0.1", "`address` to listen on")
 	return cmd
+}
+
+// forwardRow says where a port of a pod is reached.
+type forwardRow struct {
+	Address string `json:"address"`
+	Pod     string `json:"pod"`
+	Port    uint16 `json:"port"`
+}
+
+// forwarding prints one that has begun, on a line of its own also as JSON.
+func (a *app) forwarding(r forwardRow) error {
+	line := fmt.Appendf(nil, "%s -> %s:%d\n", r.Address, r.Pod, r.Port)
+	if a.format == "json" {
+		var err error
+		if line, err = marshalLine(r); err != nil {
+			return err
+		}
+	}
+	_, err := a.out.Write(line)
+	return err
 }
 
 // forward passes one connection on. Each has streams of its own, so that a

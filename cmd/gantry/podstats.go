@@ -14,16 +14,17 @@ import (
 // podStatsRow is what a pod uses, or, if Container is set, one of its
 // containers. CPUPercent is of one CPU.
 type podStatsRow struct {
-	ID            string  `json:"id"`
-	Namespace     string  `json:"namespace"`
-	Name          string  `json:"name"`
-	Container     string  `json:"container,omitempty"`
-	CPUPercent    float64 `json:"cpu_percent"`
-	Memory        uint64  `json:"memory_working_set"`
-	Processes     uint64  `json:"processes,omitempty"`
-	ReceivedBytes uint64  `json:"received_bytes,omitempty"`
-	SentBytes     uint64  `json:"sent_bytes,omitempty"`
-	WritableLayer uint64  `json:"writable_layer_bytes,omitempty"`
+	ID         string  `json:"id"`
+	Namespace  string  `json:"namespace"`
+	Name       string  `json:"name"`
+	Container  string  `json:"container,omitempty"`
+	CPUPercent float64 `json:"cpu_percent"`
+	Memory     uint64  `json:"memory_working_set"`
+	// What only pods have, and the network only those with one of their own.
+	Processes     *uint64 `json:"processes,omitempty"`
+	ReceivedBytes *uint64 `json:"received_bytes,omitempty"`
+	SentBytes     *uint64 `json:"sent_bytes,omitempty"`
+	WritableLayer uint64  `json:"writable_layer_bytes"`
 }
 
 func (a *app) podStatsCommand() *cobra.Command {
@@ -75,7 +76,7 @@ func (p *pods) usage(ctx context.Context, ids []string, containers bool) ([]podS
 			continue
 		}
 		row := podStatsRow{ID: s.GetAttributes().GetId(), Namespace: m.GetNamespace(), Name: m.GetName(), CPUPercent: percent(l.GetCpu()), Memory: l.GetMemory().GetWorkingSetBytes().GetValue(),
-			Processes: l.GetProcess().GetProcessCount().GetValue(), ReceivedBytes: l.GetNetwork().GetDefaultInterface().GetRxBytes().GetValue(), SentBytes: l.GetNetwork().GetDefaultInterface().GetTxBytes().GetValue()}
+			Processes: valueOf(l.GetProcess().GetProcessCount()), ReceivedBytes: valueOf(l.GetNetwork().GetDefaultInterface().GetRxBytes()), SentBytes: valueOf(l.GetNetwork().GetDefaultInterface().GetTxBytes())}
 		for _, c := range l.GetContainers() {
 			row.WritableLayer += c.GetWritableLayer().GetUsedBytes().GetValue()
 		}
@@ -96,17 +97,33 @@ func (p *pods) usage(ctx context.Context, ids []string, containers bool) ([]podS
 // percent is the share of one CPU, as the daemon's own sampler has seen it.
 func percent(c *runtime.CpuUsage) float64 { return float64(c.GetUsageNanoCores().GetValue()) / 1e7 }
 
+// valueOf is nil if the daemon does not know it.
+func valueOf(n *runtime.UInt64Value) *uint64 {
+	if n == nil {
+		return nil
+	}
+	return &n.Value
+}
+
 func (a *app) podStatsTable(w io.Writer, list []podStatsRow) error {
 	if a.format == "json" {
 		return a.json(list)
 	}
+	cell := func(n *uint64, text func(int64) string) string {
+		if n == nil {
+			return ""
+		}
+		return text(int64(*n))
+	}
 	var rows [][]string
 	for _, r := range list {
-		name, pids, in, out := printable(r.Name), fmt.Sprint(r.Processes), size(int64(r.ReceivedBytes)), size(int64(r.SentBytes))
+		name := printable(r.Name)
 		if r.Container != "" {
-			name, pids, in, out = "  "+printable(r.Container), "", "", ""
+			name = "  " + printable(r.Container)
 		}
-		rows = append(rows, []string{r.Namespace, name, fmt.Sprintf("%.1f%%", r.CPUPercent), size(int64(r.Memory)), pids, in, out, size(int64(r.WritableLayer))})
+		pids := cell(r.Processes, func(n int64) string { return fmt.Sprint(n) })
+		rows = append(rows, []string{r.Namespace, name, fmt.Sprintf("%.1f%%", r.CPUPercent), size(int64(r.Memory)), pids, cell(r.ReceivedBytes, size), cell(r.SentBytes, size), size(int64(r.WritableLayer))})
 	}
-	return writeTable(w, a.width(), []string{"NAMESPACE", "NAME", "CPU", "MEMORY", "PIDS", "RECEIVED", "SENT", "WRITTEN"}, rows)
+	header, rows := a.squeeze("NAMESPACE|NAME|CPU|MEMORY|PIDS|RECEIVED|SENT|WRITTEN", rows, "WRITTEN", "SENT", "RECEIVED")
+	return writeTable(w, a.width(), strings.Split(header, "|"), rows)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
@@ -27,9 +28,12 @@ type app struct {
 	address   string
 	namespace string
 	all       bool
-	format    string
-	timeout   time.Duration
-	client    *client.Client
+	// podNamespace is a namespace of Kubernetes, "" for all.
+	podNamespace string
+	format       string
+	wide         bool // tables are not cut to the terminal's width
+	timeout      time.Duration
+	client       *client.Client
 }
 
 func newApp(in, out, err *os.File) *app { return &app{in: in, out: out, err: err} }
@@ -47,6 +51,10 @@ func env(name, def string) string {
 	return def
 }
 
+func defaultNamespace() string {
+	return env("GANTRY_NAMESPACE", env("CONTAINERD_NAMESPACE", string(namespace.Default)))
+}
+
 func (a *app) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "gantry",
@@ -57,7 +65,7 @@ func (a *app) command() *cobra.Command {
 	}
 	f := root.PersistentFlags()
 	f.StringVar(&a.address, "address", env("GANTRY_ADDRESS", env("CONTAINERD_ADDRESS", client.DefaultAddress)), "`path` of the daemon's socket [$GANTRY_ADDRESS, $CONTAINERD_ADDRESS]")
-	f.StringVarP(&a.namespace, "namespace", "n", env("GANTRY_NAMESPACE", env("CONTAINERD_NAMESPACE", string(namespace.Default))), "`namespace` to work in [$GANTRY_NAMESPACE, $CONTAINERD_NAMESPACE]")
+	f.StringVarP(&a.namespace, "namespace", "n", defaultNamespace(), "`namespace` to work in [$GANTRY_NAMESPACE, $CONTAINERD_NAMESPACE]")
 	f.BoolVarP(&a.all, "all-namespaces", "A", false, "list what is in all namespaces")
 	f.StringVarP(&a.format, "output", "o", "", "`format`: table or json")
 	f.DurationVar(&a.timeout, "timeout", 0, "give up after this `duration` (0 is never)")
@@ -87,14 +95,20 @@ func (a *app) dial(ctx context.Context) (*client.Client, error) {
 	if a.client != nil {
 		return a.client, nil
 	}
-	if _, err := os.Stat(strings.TrimPrefix(a.address, "unix://")); err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("no daemon at %s: %w", a.address, errdefs.ErrUnavailable)
-		}
+	path := strings.TrimPrefix(a.address, "unix://")
+	if strings.Contains(path, "://") {
+		return nil, &hinted{fmt.Errorf("address %s: %w", a.address, errdefs.ErrInvalidArgument), "it is the path of a Unix socket, such as " + client.DefaultAddress}
+	}
+	switch info, err := os.Stat(path); {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("no daemon at %s: %w", a.address, errdefs.ErrUnavailable)
+	case err != nil:
 		return nil, fmt.Errorf("connect to the daemon: %w", err)
+	case info.Mode().Type() != os.ModeSocket:
+		return nil, fmt.Errorf("no daemon at %s: it is not a socket: %w", a.address, errdefs.ErrUnavailable)
 	}
 	// A socket that nobody listens on would be tried again until the time is over.
-	probe, err := net.DialTimeout("unix", strings.TrimPrefix(a.address, "unix://"), connectTimeout)
+	probe, err := net.DialTimeout("unix", path, connectTimeout)
 	switch {
 	case errors.Is(err, os.ErrPermission):
 		return nil, fmt.Errorf("connect to the daemon: %w", err)
@@ -191,10 +205,11 @@ func every(args []string, do func(arg string) error) error {
 }
 
 // each does something with every object that was named, and prints the titles
-// of those for which it succeeded. With absentOK, one that is not there is no
-// error.
+// of those for which it succeeded, as a list if JSON was asked for. With absentOK,
+// one that is not there is no error.
 func each[T any](a *app, refs []string, absentOK bool, find func(ref string) (T, error), do func(T) error, title func(T) string) error {
-	return every(refs, func(ref string) error {
+	done := []string{}
+	err := every(refs, func(ref string) error {
 		o, err := find(ref)
 		if absentOK && errdefs.IsNotFound(err) {
 			return nil
@@ -203,10 +218,16 @@ func each[T any](a *app, refs []string, absentOK bool, find func(ref string) (T,
 			err = do(o)
 		}
 		if err == nil {
-			fmt.Fprintln(a.out, title(o))
+			if done = append(done, title(o)); a.format != "json" {
+				return a.names(title(o)) // each as soon as it is done
+			}
 		}
 		return err
 	})
+	if a.format == "json" {
+		err = errors.Join(err, a.names(done...))
+	}
+	return err
 }
 
 // missing makes a "not found" say where the object is, if another namespace
@@ -233,6 +254,15 @@ func (a *app) missing(ctx context.Context, err error, find func(view.View) error
 	return err
 }
 
+// us is how advice names this program: with the namespace that the command was
+// given, so that what it says to type looks at the same place.
+func (a *app) us() string {
+	if a.namespace == defaultNamespace() {
+		return "gantry"
+	}
+	return "gantry -n " + a.namespace
+}
+
 // hinted is an error with advice.
 type hinted struct {
 	error
@@ -249,9 +279,14 @@ func (a *app) explain(cmd *cobra.Command, err error) {
 	}
 }
 
-// legible leaves out lines that only repeat how the one before ends: the class
-// of an error, once for every hop that it has made.
+// longID is a random id among words, with or without its namespace; not a digest
+// and not a part of a path.
+var longID = regexp.MustCompile(`(^|[ "(])((?:[\w.-]+/)?[0-9a-f]{12})[0-9a-f]{52}\b`)
+
+// legible shortens random ids, and leaves out lines that only repeat how the one
+// before ends: the class of an error, once for every hop that it has made.
 func legible(text string) string {
+	text = longID.ReplaceAllString(text, "$1$2")
 	var lines []string
 	for line := range strings.SplitSeq(text, "\n") {
 		if n := len(lines); n > 0 && (lines[n-1] == line || strings.HasSuffix(lines[n-1], ": "+line)) {
@@ -297,7 +332,7 @@ func failureCode(err error) int {
 	switch {
 	case strings.Contains(text, "executable file not found"), strings.Contains(text, "no such file or directory") && strings.Contains(text, "exec"):
 		return 127
-	case strings.Contains(text, "permission denied") && strings.Contains(text, "exec"):
+	case strings.Contains(text, "permission denied") && strings.Contains(text, "exec"), strings.Contains(text, ": is a directory") && strings.Contains(text, "exec"):
 		return 126
 	case isUsage(text):
 		return 2

@@ -304,13 +304,13 @@ func (a *app) logDir(ctx context.Context, id string) (string, error) {
 func (a *app) createCommand() *cobra.Command {
 	var c createFlags
 	cmd := &cobra.Command{
-		Use: "create IMAGE [COMMAND [ARG...]]", Short: "Make a container without starting it", GroupID: "run", Args: cobra.MinimumNArgs(1),
+		Use: "create [FLAG...] IMAGE [COMMAND [ARG...]]", DisableFlagsInUseLine: true, Short: "Make a container without starting it", GroupID: "run", Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctr, err := a.create(cmd.Context(), &c, args, true, map[string]string{})
-			if err == nil {
-				fmt.Fprintln(a.out, ctr.ID)
+			if err != nil {
+				return err
 			}
-			return err
+			return a.names(string(ctr.ID))
 		},
 	}
 	c.add(cmd)
@@ -321,7 +321,7 @@ func (a *app) runCommand() *cobra.Command {
 	var c createFlags
 	var detach, rm bool
 	cmd := &cobra.Command{
-		Use: "run IMAGE [COMMAND [ARG...]]", Short: "Make a container and start it", GroupID: "run", Args: cobra.MinimumNArgs(1),
+		Use: "run [FLAG...] IMAGE [COMMAND [ARG...]]", DisableFlagsInUseLine: true, Short: "Make a container and start it", GroupID: "run", Args: cobra.MinimumNArgs(1),
 		Example: "  gantry run -it alpine\n  gantry run -d --name web --memory 256m --net host nginx\n  gantry run --rm -v /data:/data:ro alpine ls /data",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
@@ -346,8 +346,7 @@ func (a *app) runCommand() *cobra.Command {
 				if err := a.startDetached(ctx, v, ctr); err != nil {
 					return errors.Join(err, a.discard(ctx, v, ctr))
 				}
-				fmt.Fprintln(a.out, ctr.ID)
-				return nil
+				return a.names(string(ctr.ID))
 			}
 			code, err := a.runAttached(ctx, v, ctr, c.interactive, c.tty)
 			if err != nil || rm {

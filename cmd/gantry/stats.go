@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -23,6 +24,29 @@ type statsRow struct {
 	Namespace string `json:"namespace"`
 	client.Usage
 	CPUPercent float64 `json:"cpu_percent"`
+	// Kubernetes is set if a kubelet made it.
+	Kubernetes *kubernetesName `json:"kubernetes,omitempty"`
+}
+
+// kubernetesNames are those of containers by namespace and id, nil for one that
+// has none. It is for one goroutine.
+type kubernetesNames map[string]*kubernetesName
+
+// of returns the name of a container, after a look at all of its namespace if
+// it is a new one.
+func (k kubernetesNames) of(ctx context.Context, v view.View, id string) (*kubernetesName, error) {
+	key := func(id string) string { return string(v.Namespace()) + "/" + id }
+	if name, known := k[key(id)]; known {
+		return name, nil
+	}
+	k[key(id)] = nil // it may be gone already
+	err := v.Containers().Walk(ctx, func(c container.Container) error {
+		if spec, err := client.Spec(c); err == nil {
+			k[key(string(c.ID))] = kubernetesOf(spec)
+		}
+		return nil
+	})
+	return k[key(id)], err
 }
 
 func (a *app) statsCommand() *cobra.Command {
@@ -46,11 +70,12 @@ func (a *app) statsCommand() *cobra.Command {
 					return err
 				}
 				if _, err := vs[0].Tasks().Get(ctx, c.ID, ""); err != nil {
-					return notRunning(c, "stats of", err)
+					return a.notRunning(c, "stats of", err)
 				}
 				ids = append(ids, c.ID)
 			}
-			before, err := usages(ctx, vs, ids)
+			names := kubernetesNames{}
+			before, err := usages(ctx, vs, ids, names)
 			if err != nil {
 				return err
 			}
@@ -60,7 +85,7 @@ func (a *app) statsCommand() *cobra.Command {
 			case <-time.After(min(flags.interval, 500*time.Millisecond)): // the first look is wanted soon
 			}
 			return watch(ctx, a, flags, func() ([]statsRow, error) {
-				now, err := usages(ctx, vs, ids)
+				now, err := usages(ctx, vs, ids, names)
 				if err != nil {
 					return nil, err
 				}
@@ -149,7 +174,7 @@ func stopOf(ctx context.Context) error {
 }
 
 // usages looks at the tasks of namespaces, or only at those with ids.
-func usages(ctx context.Context, vs []view.View, ids []container.ID) ([]statsRow, error) {
+func usages(ctx context.Context, vs []view.View, ids []container.ID, names kubernetesNames) ([]statsRow, error) {
 	list := []statsRow{}
 	for _, v := range vs {
 		var filters []string
@@ -174,11 +199,15 @@ func usages(ctx context.Context, vs []view.View, ids []container.ID) ([]statsRow
 			if u.At.IsZero() {
 				u.At = time.Now()
 			}
-			list = append(list, statsRow{Namespace: string(v.Namespace()), Usage: u})
+			name, err := names.of(ctx, v, u.ID)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, statsRow{Namespace: string(v.Namespace()), Usage: u, Kubernetes: name})
 		}
 	}
 	slices.SortFunc(list, func(x, y statsRow) int {
-		return strings.Compare(x.Namespace+"/"+x.ID, y.Namespace+"/"+y.ID)
+		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Kubernetes.String(), y.Kubernetes.String()), strings.Compare(x.ID, y.ID))
 	})
 	return list, nil
 }
@@ -200,9 +229,13 @@ func (a *app) statsTable(w io.Writer, list []statsRow) error {
 	if a.format == "json" {
 		return a.json(list)
 	}
-	header := []string{"ID", "CPU", "MEMORY", "LIMIT", "PIDS", "READ", "WRITTEN"}
+	header := "ID|CPU|MEMORY|LIMIT|PIDS|READ|WRITTEN"
+	kube := slices.ContainsFunc(list, func(r statsRow) bool { return r.Kubernetes != nil })
+	if kube {
+		header = "ID|POD AND CONTAINER|CPU|MEMORY|LIMIT|PIDS|READ|WRITTEN"
+	}
 	if a.all {
-		header = append(header, "NAMESPACE")
+		header += "|NAMESPACE"
 	}
 	var rows [][]string
 	for _, r := range list {
@@ -210,11 +243,15 @@ func (a *app) statsTable(w io.Writer, list []statsRow) error {
 		if r.MemoryLimit > 0 {
 			limit = size(int64(r.MemoryLimit))
 		}
-		row := []string{r.ID, fmt.Sprintf("%.1f%%", r.CPUPercent), size(int64(r.Memory)), limit, fmt.Sprint(r.Pids), size(int64(r.ReadBytes)), size(int64(r.WriteBytes))}
+		row := []string{shortID(r.ID), fmt.Sprintf("%.1f%%", r.CPUPercent), size(int64(r.Memory)), limit, fmt.Sprint(r.Pids), size(int64(r.ReadBytes)), size(int64(r.WriteBytes))}
+		if kube {
+			row = slices.Insert(row, 1, r.Kubernetes.String())
+		}
 		if a.all {
 			row = append(row, r.Namespace)
 		}
 		rows = append(rows, row)
 	}
-	return writeTable(w, a.width(), header, rows)
+	header, rows = a.squeeze(header, rows, "WRITTEN", "READ", "LIMIT")
+	return writeTable(w, a.width(), strings.Split(header, "|"), rows)
 }

@@ -160,9 +160,17 @@ func TestPods(t *testing.T) {
 				t.Errorf("%q: %q", args, got)
 			}
 		}
-		if got := c.ok("pod", "ls", "-q", "--state", "stopped"); got != "" {
-			t.Error(got)
+		// Of those that are named, only what the flags ask for.
+		for _, args := range [][]string{{"--state", "stopped"}, {"--state", "stopped", "dns"}, {"-l", "app=dns", "web-7d9c5b8f4"}} {
+			if got := c.ok(append([]string{"pod", "ls", "-q"}, args...)...); got != "" {
+				t.Errorf("%q: %s", args, got)
+			}
 		}
+		var ids []string
+		if err := json.Unmarshal([]byte(c.ok("pod", "ls", "-A", "-n", "kube-system", "-q", "-o", "json")), &ids); err != nil || len(ids) != 2 {
+			t.Errorf("%v %q", err, ids)
+		}
+		want(t, "help", c.ok("pod", "ls", "--help"), `-n, --namespace namespace +namespace of Kubernetes, such as kube-system \(all\)$`)
 	})
 	t.Run("inspect", func(t *testing.T) {
 		c := cli{n, t}
@@ -201,7 +209,8 @@ func TestPods(t *testing.T) {
 		if out, errs, code := c.run(big, "pod", "exec", "-i", "dns", "--", "/bin/cat"); out != big || errs != "" || code != 0 {
 			t.Errorf("%d of %d bytes, %q, exit %d", len(out), len(big), errs, code)
 		}
-		c.says(127, `^gantry: exec in container .*no such file`, "pod", "exec", "dns", "--", "/bin/absent")
+		c.says(127, `^gantry: exec in container `+cat.ID[:12]+`: .*no such file`, "pod", "exec", "dns", "--", "/bin/absent")
+		c.says(126, `: exec: "/bin": is a directory`, "pod", "exec", "dns", "--", "/bin")
 		screen := c.terminal(80, 24, "stty size; tty; exit 4\n", 4, "pod", "exec", "-it", "dns", "--", "/bin/sh")
 		want(t, "a terminal", screen, `24 80`, `/dev/pts/`)
 	})
@@ -320,6 +329,25 @@ func TestPods(t *testing.T) {
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("%v: %s", err, errs.String())
 		}
+		cmd = c.command("pod", "port-forward", "-o", "json", "dns", ":8000")
+		line, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var row struct {
+			Address, Pod string
+			Port         int
+		}
+		if err := json.NewDecoder(line).Decode(&row); err != nil || row.Pod != "kube-system/dns" || row.Port != 8000 || !strings.HasPrefix(row.Address, "127.0.0.1:") {
+			t.Errorf("%v %+v", err, row)
+		}
+		cmd.Process.Signal(syscall.SIGINT)
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
 	})
 	t.Run("stats", func(t *testing.T) {
 		c := cli{n, t}
@@ -331,6 +359,14 @@ func TestPods(t *testing.T) {
 		if err := json.Unmarshal([]byte(c.ok("pod", "stats", "--no-stream", "-o", "json", "web-7d9c5b8f4")), &rows); err != nil || len(rows) != 1 || rows[0].Memory == 0 {
 			t.Errorf("%v %+v", err, rows)
 		}
+		// What uses the host's network has none to count.
+		host := n.Pod(t, "pauseless", named("kube-system", "proxy"), critest.HostNetwork)
+		host.Run("sleep 1000", as("main"))
+		out := c.ok("pod", "stats", "--no-stream", "-o", "json", "proxy")
+		if !strings.Contains(out, `"processes": `) || strings.Contains(out, "received_bytes") {
+			t.Error(out)
+		}
+		want(t, "stats of containers", c.ok("-n", "k8s.io", "stats", "--no-stream"), `^ID +POD AND CONTAINER +CPU`, `^`+main.ID[:12]+` +default/web-7d9c5b8f4/main +\d`, `^`+web.ID[:12]+` +default/web-7d9c5b8f4 \(pause\) +\d`)
 	})
 	t.Run("the same in containers and images", func(t *testing.T) {
 		c := cli{n, t}
@@ -353,6 +389,8 @@ func TestPods(t *testing.T) {
 		}
 		c.says(125, `hint: it is in namespace k8s.io`, "logs", main.ID[:12])
 		c.says(125, `hint: it is in namespace k8s.io`, "inspect", n.Busybox)
+		c.says(125, `hint: list all containers with: gantry -n k8s.io ps -a`, "-n", "k8s.io", "stop", "default/web-7d9c5b8f4/absent")
+		c.says(125, `it is not running.*hint: it is of a pod, see: gantry pod ls default/web-7d9c5b8f4`, "-n", "k8s.io", "exec", "default/web-7d9c5b8f4/sidecar", "ls")
 	})
 	t.Run("mistakes", func(t *testing.T) {
 		c := cli{n, t}
@@ -376,8 +414,12 @@ func TestPods(t *testing.T) {
 	})
 	t.Run("widths", func(t *testing.T) {
 		c := cli{n, t}
+		long := "payments-7d9c5b8f4-of-a-team-that-has-a-long-name"
+		n.Pod(t, "pauseless", named("default", long))
+		want(t, "nothing is cut", c.terminal(80, 24, "", 0, "pod", "ls", "--no-trunc"), `^default +`+long+` .* [0-9a-f]{64}\r?$`)
+		want(t, "nothing is cut", c.terminal(80, 24, "", 0, "-n", "k8s.io", "ps", "--no-trunc"), `^`+main.ID+` +default/web-7d9c5b8f4/main +\S+/busybox:1 .*; done +running `)
 		for _, width := range []int{80, 200} {
-			for _, args := range [][]string{{"pod", "ls"}, {"pod", "stats", "--no-stream"}, {"-n", "k8s.io", "ps", "-a"}, {"-n", "k8s.io", "images"}} {
+			for _, args := range [][]string{{"pod", "ls"}, {"pod", "stats", "--no-stream"}, {"pod", "stats", "--no-stream", "--containers"}, {"-n", "k8s.io", "ps", "-a"}, {"-n", "k8s.io", "stats", "--no-stream"}, {"-n", "k8s.io", "images"}} {
 				screen := c.terminal(width, 24, "", 0, args...)
 				t.Logf("%d cells: gantry %s\n%s", width, strings.Join(args, " "), screen)
 				for line := range strings.Lines(screen) {
@@ -390,7 +432,7 @@ func TestPods(t *testing.T) {
 	})
 	t.Run("complete", func(t *testing.T) {
 		c := cli{n, t}
-		for args, want := range map[string]string{"pod logs ": "dns\nweb-7d9c5b8f4\n:4\n", "pod exec web-7d9c5b8f4 -c ": "main\nsidecar\n:4\n", "pod rm dns ": "dns\nweb-7d9c5b8f4\n:4\n", "pod logs kube-system/": "default/web-7d9c5b8f4\nkube-system/dns\n:4\n"} {
+		for args, want := range map[string]string{"pod logs ": "dns\nweb-7d9c5b8f4\n:4\n", "pod exec web-7d9c5b8f4 -c ": "main\nsidecar\n:4\n", "pod rm dns ": "dns\nweb-7d9c5b8f4\n:4\n", "pod logs kube-system/": "default/web-7d9c5b8f4\nkube-system/dns\n:4\n", "pod ls -n ": "default\nkube-system\n:4\n"} {
 			if out, _, _ := c.run("", append([]string{"__complete"}, strings.Split(args, " ")...)...); out != want {
 				t.Errorf("%q: %q", args, out)
 			}
@@ -405,8 +447,11 @@ func TestPods(t *testing.T) {
 			t.Error(st.State)
 		}
 		want(t, "list", c.ok("pod", "ls"), `^default +web-7d9c5b8f4 +stopped +0/2 `)
+		want(t, "its pause container", c.ok("-n", "k8s.io", "ps", "-a"), `^`+web.ID[:12]+` +default/web-7d9c5b8f4 \(pause\) .* exited `)
 		c.says(125, `it is stopped.*hint: list those that are ready`, "pod", "port-forward", "web-7d9c5b8f4", ":80")
-		c.ok("pod", "rm", "web-7d9c5b8f4")
+		if out := c.ok("pod", "rm", "-o", "json", "web-7d9c5b8f4"); out != "[\n  \"default/web-7d9c5b8f4\"\n]\n" {
+			t.Error(out)
+		}
 		c.ok("pod", "rm", "-f", "kube-system/dns", "absent")
 		if out := c.ok("pod", "ls", "-q"); out != "" {
 			t.Error(out)
