@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -67,6 +68,10 @@ type container struct {
 	c   *libcontainer.Container
 	dir string
 	log *slog.Logger
+	// execs is a handle of the container that no exec uses, once there is one. A
+	// handle does one thing at a time, and an exec may take as long as its file
+	// system takes to answer.
+	execs atomic.Pointer[libcontainer.Container]
 
 	memlock *configs.Rlimit
 	execgroup.Groups
@@ -104,7 +109,6 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 		return nil, none, err
 	}
 	c := &container{c: lc, dir: filepath.Join(d.root, req.ID), log: d.log, memlock: d.memlock}
-	c.Find = c.cgroup
 	defer func() {
 		if err != nil {
 			if derr := lc.Destroy(); derr != nil {
@@ -120,20 +124,22 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 	}
 	p.Init = true
 	keepMemlock(p, d.memlock)
-	var restore func(*libcontainer.Process) error
+	start := lc.Start
 	if req.Restore != "" {
 		if err := needCriu(); err != nil {
 			return nil, none, err
 		}
-		restore = func(p *libcontainer.Process) error {
+		start = func(p *libcontainer.Process) error {
 			return lc.Restore(p, &libcontainer.CriuOpts{ImagesDirectory: req.Restore, WorkDirectory: req.WorkPath,
 				TcpEstablished: true, ExternalUnixConnections: true, FileLocks: true, EmptyNs: unix.CLONE_NEWNET})
 		}
 	}
-	started, err := c.run(ctx, p, req.Stdio, restore)
+	started, err := c.run(ctx, p, req.Stdio, start)
 	if err != nil {
 		return nil, none, err
 	}
+	dir, controller := c.cgroup()
+	c.Find = func() (string, string) { return dir, controller }
 	return c, started, nil
 }
 
@@ -158,9 +164,6 @@ func (d *libct) removeDead(id string) bool {
 // run starts a process with its streams. Nothing is left of the process when
 // it returns an error.
 func (c *container) run(ctx context.Context, p *libcontainer.Process, stdio driver.Stdio, start func(*libcontainer.Process) error) (s driver.Started, err error) {
-	if start == nil {
-		start = c.c.Start
-	}
 	var socket *os.File
 	if stdio.Terminal {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -237,6 +240,7 @@ func bounded(ctx context.Context, fn func() error, kill func()) error {
 		select {
 		case err := <-done:
 			if err == nil {
+				early(kill) // what was there to kill may have been born since
 				err = errors.New("it was started too late and killed")
 			}
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -258,11 +262,21 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 	if name, controller := c.Open(id); name != "" {
 		p.SubCgroupPaths = map[string]string{controller: name}
 	}
-	s, err := c.run(ctx, p, stdio, nil)
+	own := c.execs.Swap(nil)
+	s, err := c.run(ctx, p, stdio, func(p *libcontainer.Process) (err error) {
+		if own == nil {
+			if own, err = libcontainer.Load(filepath.Dir(c.dir), filepath.Base(c.dir)); err != nil {
+				return err
+			}
+		}
+		return own.Start(p)
+	})
 	if err != nil {
-		c.ForgetExec(id)
+		c.ForgetExec(id) // and the handle, which may be in use for long
+		return s, err
 	}
-	return s, err
+	c.execs.Store(own)
+	return s, nil
 }
 
 func (c *container) Pause(ctx context.Context) error {
@@ -291,11 +305,7 @@ func (c *container) Update(ctx context.Context, r *specs.LinuxResources) error {
 	if err := update(&config, r); err != nil {
 		return err
 	}
-	err := bounded(ctx, func() error { return c.c.Set(config) }, nothing)
-	// The library refuses to start processes while this is set, and shares
-	// the value with us.
-	c.c.Config().Cgroups.Resources.SkipDevices = false
-	return class(err)
+	return class(bounded(ctx, func() error { return c.c.Set(config) }, nothing))
 }
 
 func needCriu() error {
