@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -121,6 +123,22 @@ func TestBounded(t *testing.T) {
 	})
 	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") || calls != 3 {
 		t.Errorf("%d kills: %v", calls, err)
+	}
+}
+
+// What is born after a kill that came too early is killed all the same.
+func TestBoundedBirth(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var lives atomic.Bool
+	early := make(chan struct{})
+	once := sync.OnceFunc(func() { close(early) })
+	err := bounded(ctx, func() error { <-early; lives.Store(true); return nil }, func() {
+		lives.Store(false)
+		once()
+	})
+	if !errors.Is(err, context.Canceled) || lives.Load() {
+		t.Errorf("it lives: %t, and the error is %v", lives.Load(), err)
 	}
 }
 
