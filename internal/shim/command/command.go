@@ -354,6 +354,8 @@ func (c *container) Exec(ctx context.Context, id string, p *specs.Process, stdio
 	}
 	s, err := c.r.withProcess(ctx, what, stdio, c.id)
 	if err != nil {
+		// The runtime may have been killed when the process was there already.
+		_ = c.SignalExec(id, unix.SIGKILL)
 		c.ForgetExec(id)
 	}
 	return s, err

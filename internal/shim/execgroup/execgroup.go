@@ -19,6 +19,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
 	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/internal/lib/reaper"
 )
 
 // Freezer is the hierarchy of v1 that is used.
@@ -41,13 +43,18 @@ type Groups struct {
 // killWithin bounds the repetition of a kill.
 const killWithin = time.Second
 
+// found says whether execs have groups; what dir needs is known then.
+func (g *Groups) found() bool {
+	g.once.Do(func() { g.base, g.controller = g.Find() })
+	return g.base != ""
+}
+
 func (g *Groups) dir(id string) string { return filepath.Join(g.base, "exec-"+id) }
 
 // Open makes the group of an exec: its name below the container's, and the
 // hierarchy. "" if there is none; the exec is then to run in the container's.
 func (g *Groups) Open(id string) (name, controller string) {
-	g.once.Do(func() { g.base, g.controller = g.Find() })
-	if g.base == "" || os.Mkdir(g.dir(id), 0o755) != nil {
+	if !g.found() || os.Mkdir(g.dir(id), 0o755) != nil {
 		return "", ""
 	}
 	if g.controller == "" {
@@ -63,7 +70,7 @@ func (g *Groups) Open(id string) (name, controller string) {
 
 // SignalExec signals all processes of an exec. ErrNotFound if there are none.
 func (g *Groups) SignalExec(id string, sig unix.Signal) error {
-	if g.base == "" {
+	if !g.found() {
 		return fmt.Errorf("exec %s has no cgroup: %w", id, errdefs.ErrNotFound)
 	}
 	dir := g.dir(id)
@@ -85,7 +92,7 @@ func (g *Groups) SignalExec(id string, sig unix.Signal) error {
 			pids, err = cgroups.GetPids(dir)
 		}
 		for _, pid := range pids {
-			_ = unix.Kill(pid, sig)
+			_ = reaper.Kill(pid, sig)
 		}
 		if sig == unix.SIGKILL && g.controller == Freezer {
 			_ = write("freezer.state", "THAWED")
@@ -117,7 +124,7 @@ func alive(pids []int) int {
 // ForgetExec removes the group of an exec, and those before it in which something
 // ran on. What never ends is removed with the container.
 func (g *Groups) ForgetExec(id string) {
-	if g.base == "" {
+	if !g.found() {
 		return
 	}
 	g.mu.Lock()

@@ -46,7 +46,7 @@ func (s *Service) State(ctx context.Context, r *taskapi.StateRequest) (*taskapi.
 	if p.id != "" {
 		res.ID = p.id
 	}
-	if p.status == tasktypes.Status_RUNNING && p == p.c.init && p.c.paused {
+	if p.status == tasktypes.Status_RUNNING && p.c.paused {
 		res.Status = tasktypes.Status_PAUSED
 	}
 	if !p.exit.At.IsZero() {
@@ -82,11 +82,12 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	sig := unix.Signal(r.Signal)
 	s.mu.Lock()
 	pid, status, paused, c := p.pid, p.status, p.c.paused, p.c
+	made, group := c.made, c.group
 	s.mu.Unlock()
 	if r.All && p.id == "" && status == tasktypes.Status_STOPPED {
 		return empty(), nil // contract 15, row 1.3.36
 	}
-	execs, _ := c.made.(driver.ExecSignaller)
+	execs, _ := made.(driver.ExecSignaller)
 	// One that is just being started is no other process's to kill: the runtime
 	// would wait for it in vain.
 	if r.All && p.id != "" && execs != nil && status != tasktypes.Status_CREATED {
@@ -96,11 +97,11 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	}
 	// Where the cgroup is not known the first process stands for all: with it
 	// a pid namespace ends.
-	if r.All && p.id == "" && c.group != nil {
+	if r.All && p.id == "" && group != nil {
 		if sig == unix.SIGKILL && paused {
 			// The signals wait for the thaw, and then nothing runs any more; what
 			// the group's own kill counts would never get less before it.
-			if pids, perr := c.group.Pids(); perr == nil {
+			if pids, perr := group.Pids(); perr == nil {
 				for _, pid := range pids {
 					_ = reaper.Kill(pid, sig)
 				}
@@ -109,7 +110,7 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 				return nil, fmt.Errorf("resume it, so that it can die: %w", err)
 			}
 		}
-		err = c.group.SignalAll(sig)
+		err = group.SignalAll(sig)
 	} else {
 		switch {
 		case status == tasktypes.Status_STOPPED:
@@ -125,8 +126,9 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	if err != nil {
 		return nil, err
 	}
-	if sig == unix.SIGKILL && paused {
-		// A frozen process dies only when it is thawed (cgroup v1).
+	if sig == unix.SIGKILL && paused && p.id == "" {
+		// A frozen process dies only when it is thawed (cgroup v1). For an exec
+		// that is when the container is resumed.
 		if rerr := s.thaw(ctx, c); rerr != nil {
 			s.Log.Warn("resume a killed container", "id", c.id, "error", rerr)
 		}

@@ -531,7 +531,7 @@ func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (_ *taskap
 		}
 	}
 	var oom *cgroup.OOMWatch
-	if err == nil && c.group != nil {
+	if err == nil && c.group != nil && c.oom == nil {
 		var oerr error
 		if oom, oerr = c.group.WatchOOM(func() { s.Events.Publish("/tasks/oom", &events.TaskOOM{ContainerID: c.id}) }); oerr != nil {
 			s.Log.Info("no out-of-memory events", "id", c.id, "error", oerr)
