@@ -164,27 +164,28 @@ func (n *Network) Info() map[string]Info {
 // come and go, until ctx is done.
 func (n *Network) watch(ctx context.Context) {
 	w, err := fsnotify.NewWatcher()
-	every := poll
+	every := again
 	if err != nil {
 		n.o.Log.Warn("cni: configuration cannot be watched, it is polled", "every", poll, "err", err)
-		w = &fsnotify.Watcher{}
+		w, every = &fsnotify.Watcher{}, poll
 	} else {
 		defer w.Close()
 	}
+	var dirs []string
 	for {
 		if err == nil {
-			every = n.arm(w)
+			dirs = n.arm(w)
 		}
 		n.reload() // after arming: nothing falls in between
-		if !n.changed(ctx, w, time.After(every)) {
+		if !changed(ctx, w, dirs, time.After(every)) {
 			return
 		}
 	}
 }
 
-// changed waits for a change, and for the burst of them to end. It returns
-// false when ctx is done.
-func (n *Network) changed(ctx context.Context, w *fsnotify.Watcher, tick <-chan time.Time) bool {
+// changed waits for a change in dirs or on the way to them, and for the burst of
+// changes to end. It returns false when ctx is done.
+func changed(ctx context.Context, w *fsnotify.Watcher, dirs []string, tick <-chan time.Time) bool {
 	for {
 		select {
 		case <-ctx.Done():
@@ -194,7 +195,10 @@ func (n *Network) changed(ctx context.Context, w *fsnotify.Watcher, tick <-chan 
 		case <-w.Errors: // some events are lost
 			return true
 		case e := <-w.Events:
-			if !n.concerns(e.Name) {
+			concerns := func(dir string) bool {
+				return strings.HasPrefix(e.Name, dir+"/") || strings.HasPrefix(dir+"/", e.Name+"/")
+			}
+			if !slices.ContainsFunc(dirs, concerns) {
 				continue // somebody else's file beside a directory
 			}
 		}
@@ -212,41 +216,45 @@ func (n *Network) changed(ctx context.Context, w *fsnotify.Watcher, tick <-chan 
 	}
 }
 
-// concerns says whether path is in a directory, or on the way to one.
-func (n *Network) concerns(path string) bool {
-	for _, c := range n.confs {
-		if strings.HasPrefix(path, c.dir+"/") || strings.HasPrefix(c.dir+"/", path+"/") {
-			return true
-		}
-	}
-	return false
-}
-
-// arm watches the directories and all on the way to them. A watch goes along
-// with a directory that is moved away, so all are made anew. It returns when to
-// look without having been told: soon if a link leads to what is not there,
-// because the kernel does not tell when that comes.
-func (n *Network) arm(w *fsnotify.Watcher) (every time.Duration) {
+// arm watches the directories and all on the way to them, and returns them. A
+// watch goes along with a directory that is moved away, so all are made anew.
+func (n *Network) arm(w *fsnotify.Watcher) (dirs []string) {
 	for _, dir := range w.WatchList() {
 		_ = w.Remove(dir) // it may be gone, and its watch with it
 	}
-	every = again
 	for _, c := range n.confs {
-		for dir := c.dir; ; dir = filepath.Dir(dir) {
-			err := w.Add(dir)
-			if errors.Is(err, fs.ErrNotExist) {
-				if _, lerr := os.Lstat(dir); lerr == nil {
-					every = poll
-				}
-			} else if err != nil {
+		dirs = append(dirs, ways(c.dir)...)
+	}
+	for _, dir := range dirs {
+		for last := ""; dir != last; last, dir = dir, filepath.Dir(dir) {
+			if err := w.Add(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				n.o.Log.Warn("cni: watch configuration", "dir", dir, "err", err)
-			}
-			if dir == filepath.Dir(dir) {
-				break
 			}
 		}
 	}
-	return every
+	return dirs
+}
+
+// ways are the paths that lead to dir, or would if all of it were there: its
+// own and, for each link on it, that which the link stands for.
+func ways(dir string) []string {
+	all := []string{dir}
+	for at := 1; at < len(dir) && len(all) < 40; {
+		at++
+		if at < len(dir) && dir[at] != '/' {
+			continue
+		}
+		to, err := os.Readlink(dir[:at])
+		if err != nil {
+			continue
+		}
+		if !filepath.IsAbs(to) {
+			to = filepath.Join(filepath.Dir(dir[:at]), to)
+		}
+		dir, at = filepath.Join(to, dir[at:]), 1
+		all = append(all, dir)
+	}
+	return all
 }
 
 // UpdatePodCIDR writes the configuration from the template for the ranges of
