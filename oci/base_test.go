@@ -13,12 +13,12 @@ import (
 // TestBase: what is in the administrator's specification stays, and the value
 // that was given is not changed.
 func TestBase(t *testing.T) {
-	base := &specs.Spec{Hooks: &specs.Hooks{Poststop: []specs.Hook{{Path: "/h"}}}, Root: &specs.Root{Path: "/elsewhere"},
+	base := &specs.Spec{Hooks: &specs.Hooks{Poststop: []specs.Hook{{Path: "/h"}}}, Root: &specs.Root{Path: "/elsewhere", Readonly: true},
 		Process: &specs.Process{Env: []string{"A=base", "B=base"}, Cwd: "/base"}, Mounts: []specs.Mount{{Destination: "/proc", Type: "proc"}, {Destination: "/x/y", Type: "tmpfs"}},
 		Linux: &specs.Linux{Seccomp: &specs.LinuxSeccomp{DefaultAction: specs.ActLog}, CgroupsPath: "/elsewhere"}}
 	img := ocispec.ImageConfig{Cmd: []string{"/a"}, Env: []string{"A=image"}}
 	s := must(Generate(facts, "id", "ns", img, WithBase(base), WithoutMounts("/x/*"), WithMounts(must(ParseTmpfs("/t")))))
-	if s.Hooks == nil || s.Process.Cwd != "/base" || s.Root.Path != "rootfs" || s.Linux.CgroupsPath != "/ns/id" || s.Linux.Seccomp.DefaultAction != specs.ActLog {
+	if s.Hooks == nil || s.Process.Cwd != "/base" || s.Root.Path != "rootfs" || !s.Root.Readonly || s.Linux.CgroupsPath != "/ns/id" || s.Linux.Seccomp.DefaultAction != specs.ActLog {
 		t.Errorf("got %+v %+v", s, s.Linux)
 	}
 	if want := []string{defaultPath, "A=image", "B=base"}; !slices.Equal(s.Process.Env, want) {
@@ -33,6 +33,11 @@ func TestBase(t *testing.T) {
 	s = must(Generate(facts, "id", "ns", img, WithBase(base), WithDefaultSeccomp()))
 	if s.Linux.Seccomp.DefaultAction != specs.ActErrno {
 		t.Errorf("the default filter is %v", s.Linux.Seccomp.DefaultAction)
+	}
+	base.Mounts = append(base.Mounts, specs.Mount{Destination: "/sys", Type: "sysfs"}, specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Options: []string{"ro", "nosuid"}})
+	s = must(Generate(facts, "id", "ns", img, WithBase(base), WithPrivileged()))
+	if o := s.Mounts[len(s.Mounts)-1].Options; !slices.Equal(o, []string{"rw", "nosuid"}) {
+		t.Errorf("cgroups of a privileged container: %q", o)
 	}
 	if s = must(Generate(facts, "id", "ns", img, WithBase(&specs.Spec{}))); s.Version == "" || len(s.Linux.Namespaces) == 0 {
 		t.Errorf("of nothing: %+v", s)

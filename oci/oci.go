@@ -170,6 +170,9 @@ func base(facts HostFacts, id, ns string) *specs.Spec {
 func (r *request) process() error {
 	p := r.spec.Process
 	entry, cmd := r.img.Entrypoint, r.img.Cmd
+	if len(entry) == 1 && entry[0] == "" {
+		entry = nil // how a Dockerfile takes that of its base away
+	}
 	if r.hasEntrypoint {
 		entry, cmd = r.entrypoint, nil // the image's arguments belong to its own entry point
 	}
@@ -306,8 +309,9 @@ func (r *request) filesystem() error {
 			mounts[i].Type, mounts[i].Source = "bind", "/sys"
 			mounts[i].Options = append([]string{"rbind"}, m.Options...)
 		}
-		if r.privileged {
-			mounts[i].Options[len(mounts[i].Options)-1] = "rw" // was ro
+		if j := slices.Index(mounts[i].Options, "ro"); r.privileged && j >= 0 {
+			mounts[i].Options = slices.Clone(mounts[i].Options)
+			mounts[i].Options[j] = "rw"
 		}
 	}
 	user := slices.Clone(r.mounts)

@@ -241,6 +241,7 @@ func TestArgs(t *testing.T) {
 		{"args replace cmd", img, []Option{WithArgs("x", "y")}, []string{"e", "x", "y"}},
 		{"entrypoint drops cmd", img, []Option{WithEntrypoint("n")}, []string{"n"}},
 		{"both", img, []Option{WithArgs("x"), WithEntrypoint("n", "m")}, []string{"n", "m", "x"}},
+		{"empty entrypoint of the image", ocispec.ImageConfig{Entrypoint: []string{""}, Cmd: []string{"c"}}, nil, []string{"c"}},
 		{"empty entrypoint", img, []Option{WithEntrypoint(""), WithArgs("x")}, []string{"x"}},
 		{"only cmd", ocispec.ImageConfig{Cmd: []string{"c"}}, nil, []string{"c"}},
 	} {

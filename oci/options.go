@@ -18,8 +18,8 @@ import (
 
 // WithBase begins with a specification of the administrator's instead of the
 // default one; it must be the first option and is not changed. Its mounts,
-// namespaces, limits, hooks, environment, capabilities, device rules and system
-// call filter stay unless options or image say otherwise.
+// namespaces, limits, hooks, environment, capabilities, device rules, system
+// call filter and read-only root stay unless options or image say otherwise.
 func WithBase(s *specs.Spec) Option {
 	return func(r *request) error {
 		data, err := json.Marshal(s)
@@ -40,6 +40,9 @@ func WithBase(s *specs.Spec) Option {
 		}
 		if copied.Linux.Resources == nil {
 			copied.Linux.Resources = &specs.LinuxResources{}
+		}
+		if copied.Root != nil {
+			was.Root.Readonly = copied.Root.Readonly
 		}
 		copied.Root, copied.Linux.CgroupsPath = was.Root, was.Linux.CgroupsPath
 		r.spec, r.based = copied, true

@@ -100,13 +100,10 @@ func ResolveUser(id Identity, files Files) (specs.User, error) {
 	default:
 		return none, fmt.Errorf("supplemental groups policy %d is unknown: %w", id.Policy, errdefs.ErrInvalidArgument)
 	}
-	u.AdditionalGids = unique(append(all, groups...))
+	u.AdditionalGids = slices.Concat(all, groups)
+	slices.Sort(u.AdditionalGids) // as a container's status has always listed them
+	u.AdditionalGids = slices.Compact(u.AdditionalGids)
 	return u, nil
-}
-
-func unique(gids []uint32) []uint32 {
-	seen := make(map[uint32]bool, len(gids))
-	return slices.DeleteFunc(gids, func(g uint32) bool { was := seen[g]; seen[g] = true; return was })
 }
 
 func checkID(what string, n int64) (string, error) {

@@ -82,7 +82,7 @@ func TestUsers(t *testing.T) {
 			if err != nil {
 				return
 			}
-			if u.UID != tc.uid || u.GID != tc.gids[0] || !slices.Equal(sorted(u.AdditionalGids), sorted(tc.gids)) {
+			if u.UID != tc.uid || u.GID != tc.gids[0] || !slices.Equal(u.AdditionalGids, slices.Sorted(slices.Values(tc.gids))) {
 				t.Errorf("got %d:%d %d, want %d %d", u.UID, u.GID, u.AdditionalGids, tc.uid, tc.gids)
 			}
 		})
@@ -106,8 +106,6 @@ func TestUsers(t *testing.T) {
 		t.Errorf("pod's user: %v, %v", u, err)
 	}
 }
-
-func sorted(s []uint32) []uint32 { return slices.Sorted(slices.Values(s)) }
 
 // contract: 7.3.13
 func TestCgroupPath(t *testing.T) {
