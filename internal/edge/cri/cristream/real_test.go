@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/net/websocket"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -337,5 +339,64 @@ func TestRecovery(t *testing.T) {
 	}
 	if _, err := os.Stat(d.Dir + "/" + old[0].Name()); !os.IsNotExist(err) {
 		t.Error(err)
+	}
+}
+
+// A client that is slow to read, and whose input nobody wants, gets all of the
+// output and the status: the end of the connection does not overtake them.
+//
+// contract: 7.1.19
+func TestUnreadInput(t *testing.T) {
+	r := newRig(t)
+	r.run("c1", false, false, forever)
+	const size = 300_000
+	got, err := r.srv.Exec(t.Context(), &cri.ExecRequest{ContainerId: "c1", Cmd: []string{"sh", "-c", fmt.Sprintf("while [ ! -e /tmp/go ]; do sleep 0.01; done; head -c %d /dev/zero; exit 3", size)}, Stdin: true, Stdout: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.Dial("tcp", strings.TrimPrefix(r.srv.URL(), "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.(*net.TCPConn).SetReadBuffer(32 << 10)
+	config, err := websocket.NewConfig("ws"+strings.TrimPrefix(got.Url, "http"), "http://x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.Protocol = []string{"v5.channel.k8s.io"}
+	ws, err := websocket.NewClient(config, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ws.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+	for b := make([]byte, 64<<10); ; {
+		if err := websocket.Message.Send(ws, b); err != nil {
+			break
+		}
+	}
+	if err := os.WriteFile(filepath.Join(r.d.Dir, "rootfs/tmp/go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the command has ended", func() bool {
+		left, err := os.ReadDir(r.s.d.Dir)
+		return err == nil && len(left) == 0
+	})
+	ws.SetReadDeadline(time.Now().Add(20 * time.Second))
+	printed, status := 0, ""
+	for {
+		var b []byte
+		if err = websocket.Message.Receive(ws, &b); err != nil {
+			break
+		}
+		switch {
+		case len(b) > 0 && b[0] == 1:
+			printed += len(b) - 1
+		case len(b) > 0 && b[0] == 3:
+			status += string(b[1:])
+		}
+	}
+	if printed != size || !strings.Contains(status, `"message":"3"`) || err != io.EOF {
+		t.Errorf("%d bytes of %d, status %q, and then %v", printed, size, status, err)
 	}
 }

@@ -31,6 +31,7 @@ const (
 	tokensMax    = 1000
 	createWithin = 30 * time.Second // in which a client opens all its streams
 	goneGrace    = time.Second      // after a client has gone, for what it sent to arrive
+	closeWithin  = 5 * time.Second  // in which a client takes some of what was sent to it in the end
 )
 
 // Server serves the URLs that it gives out: one use each, within a minute.
