@@ -344,9 +344,6 @@ func (h *Host) CreateContainer(ctx context.Context, pod *cristate.Pod, c *crista
 	if err != nil {
 		return out.failed(err)
 	}
-	if err := h.adjust(spec, r.GetAdjust()); err != nil {
-		return fmt.Errorf("NRI: adjust container %s: %w", id, err)
-	}
 	// The library's answer does not tell which variables were removed, but the
 	// request has become what the last plugin would have seen.
 	left := map[string]bool{}
@@ -359,6 +356,9 @@ func (h *Host) CreateContainer(ctx context.Context, pod *cristate.Pod, c *crista
 			name, _, _ := strings.Cut(e, "=")
 			return !left[name]
 		})
+	}
+	if err := h.adjust(spec, r.GetAdjust()); err != nil { // after that: devices bring variables too
+		return fmt.Errorf("NRI: adjust container %s: %w", id, err)
 	}
 	if err := h.others(ctx, r.GetUpdate()); err != nil {
 		return err

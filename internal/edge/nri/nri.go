@@ -285,9 +285,7 @@ func (h *Host) enter(id string, visible func() bool) []*plug {
 			delete(h.now.windows, id)
 		}
 	}
-	if len(h.now.plugins) > 0 {
-		h.now.windows[id] = visible
-	}
+	h.now.windows[id] = visible
 	return h.now.plugins
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
+	"github.com/containerd/nri/pkg/net/multiplex"
 	"github.com/containerd/nri/pkg/stub"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/prometheus/client_golang/prometheus"
@@ -78,7 +79,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 			return nil
 		},
 		CDI: func(s *specs.Spec, names []string) error {
-			s.Annotations["cdi"] = strings.Join(names, " ")
+			s.Annotations["cdi"], s.Process.Env = strings.Join(names, " "), append(s.Process.Env, "D=device")
 			return nil
 		}})
 	t.Cleanup(w.Close)
@@ -378,7 +379,7 @@ func TestAdjustments(t *testing.T) {
 	l := s.Linux
 	for what, ok := range map[string]bool{
 		"annotations": s.Annotations["new"] == "value" && s.Annotations["was"] == "", "mounts": len(s.Mounts) == 2 && s.Mounts[0].Destination == "/host" || s.Mounts[1].Destination == "/host",
-		"env": slices.Equal(s.Process.Env, []string{"A=changed", "C=3"}), "args": slices.Equal(s.Process.Args, []string{"other", "args"}),
+		"env": slices.Equal(slices.Sorted(slices.Values(s.Process.Env)), []string{"A=changed", "C=3", "D=device"}), "args": slices.Equal(s.Process.Args, []string{"other", "args"}),
 		"rlimits": len(s.Process.Rlimits) == 1 && s.Process.Rlimits[0].Hard == 10, "hooks": len(s.Hooks.CreateRuntime) == 1, "CDI": s.Annotations["cdi"] == "v/c=d",
 		"devices": len(l.Devices) == 1 && len(l.Resources.Devices) == 1, "cpu": *l.Resources.CPU.Shares == 123, "memory": *l.Resources.Memory.Limit == 1<<24 && l.Resources.Memory.Swap == nil,
 		"pids": *l.Resources.Pids.Limit == 77, "unified": l.Resources.Unified["memory.high"] == "1", "cgroup": l.CgroupsPath == "/some/where", "oom": *s.Process.OOMScoreAdj == 5,
@@ -632,6 +633,57 @@ func TestJoin(t *testing.T) {
 		if asked := late.told("create " + id); seen == asked {
 			t.Errorf("%s: synchronized %v, asked %v", id, seen, asked)
 		}
+	}
+}
+
+// A plugin that joins while there is no other hears of what was being made.
+//
+// contract: 1.4.14
+func TestFirstToJoin(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.RequestTimeout = 20 * time.Second })
+	w.Start(t.Context())
+	p, q := w.pod("p", nil), w.pod("q", nil)
+	c, spec := w.container("c", "p")
+	d, spec2 := w.container("d", "p")
+	if err := errors.Join(w.RunPodSandbox(t.Context(), p), w.RunPodSandbox(t.Context(), q), w.CreateContainer(t.Context(), p, c, spec), w.CreateContainer(t.Context(), p, d, spec2),
+		w.RemovePodSandbox(t.Context(), q), w.RemoveContainer(t.Context(), p, d)); err != nil { // two come to nothing
+		t.Fatal(err)
+	}
+	f := &fake{}
+	w.dial("10-first", f)
+	eventually(t, "it is admitted", func() bool { return len(w.Names()) == 1 })
+	if err := errors.Join(w.Pods.Add(p), w.Containers.Add(c)); err != nil {
+		t.Fatal(err)
+	}
+	w.PostCreateContainer(t.Context(), p, c)
+	eventually(t, "it is synchronized", func() bool { return f.told("sync ") })
+	<-f.synced
+	if len(f.pods) != 1 || len(f.ctrs) != 1 || !f.told("created c") || f.told("create c") {
+		t.Errorf("%d pods, %d containers, %q", len(f.pods), len(f.ctrs), f.diary)
+	}
+}
+
+// Who is given little time has as long as everybody to notice that it is over:
+// it is not taken for one that does not read its connection.
+//
+// promise: P41
+func TestBriefly(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.RequestTimeout = 4 * time.Second })
+	a, b := net.Pipe()
+	defer b.Close()
+	p := &plug{host: w.Host, identity: identity{"10", "brief", ""}, mux: multiplex.Multiplex(a), gone: make(chan struct{}), alarm: make(chan struct{})}
+	err := p.direct(t.Context(), "RunPodSandbox", time.Millisecond, func(ctx context.Context) error {
+		<-ctx.Done()
+		time.Sleep(50 * time.Millisecond) // the machine is busy
+		return ctx.Err()
+	})
+	if !errors.As(err, &noAnswer{}) {
+		t.Errorf("%v", err)
+	}
+	select {
+	case <-p.gone:
+		t.Error("it was dropped:", p.why)
+	default:
 	}
 }
 

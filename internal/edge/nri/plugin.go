@@ -1,7 +1,6 @@
 package nri
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -133,7 +132,11 @@ func (h *Host) plugin(ctx context.Context, conn net.Conn, id identity, joined fu
 	p.mux.Unblock()
 
 	if err := p.configure(ctx); err != nil {
-		return fmt.Errorf("%s: %w", cmp.Or(p.base, "a plugin that has not registered"), err)
+		who := "a plugin that has not registered"
+		if p.fixed || p.isRegistered() { // it may be doing so
+			who = p.name()
+		}
+		return fmt.Errorf("%s: %w", who, err)
 	}
 	defer h.dismiss(p)
 	if err := h.join(ctx, p); err != nil {
@@ -326,7 +329,7 @@ func (p *plug) direct(ctx context.Context, op string, limit time.Duration, fn fu
 		err = noAnswer{reason: p.why.Error()}
 	case <-within.Done():
 		// The call ends with its context, unless nobody reads the connection.
-		grace := time.NewTimer(limit / 4)
+		grace := time.NewTimer(max(limit, p.host.Config.RequestTimeout) / 4)
 		defer grace.Stop()
 		select {
 		case err = <-answer:
