@@ -129,7 +129,7 @@ func transferDefaults() transferConfig {
 // components are the blocks that take effect, for `config check`.
 func components() map[string]any {
 	bolt, collect, diffs, opt, move := boltDefaults(), gcDefaults(), diffDefaults(), optDefaults(), transferDefaults()
-	server, pods, images, adapt := cristate.DefaultServerConfig(), cristate.DefaultRuntimeConfig(), cristate.DefaultImagesConfig(), nri.DefaultConfig()
+	server, pods, images, adapt := cristate.DefaultServerConfig(), cristate.DefaultRuntimeConfig(), imagesConfig(cristate.DefaultImagesConfig()), nri.DefaultConfig()
 	return map[string]any{
 		plugin.URI(typeMetadata, "bolt"):          &bolt,
 		plugin.URI(typeGC, "scheduler"):           &collect,

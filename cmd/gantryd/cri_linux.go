@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +39,8 @@ import (
 	"github.com/gantryd/gantry/internal/edge/cri/cristats"
 	"github.com/gantryd/gantry/internal/edge/cri/cristream"
 	"github.com/gantryd/gantry/internal/edge/shimclient"
+	"github.com/gantryd/gantry/internal/engine/native"
+	"github.com/gantryd/gantry/internal/engine/overlay"
 	"github.com/gantryd/gantry/internal/lib/fault"
 	"github.com/gantryd/gantry/internal/lib/plugin"
 )
@@ -112,8 +115,11 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		return nil, err
 	}
 	root, state := filepath.Join(d.root, cristate.PluginID), filepath.Join(d.state, cristate.PluginID)
-	images, err := plugin.Open(ctx, host, plugin.New(typeCRI, "images", cristate.DefaultImagesConfig(), func(_ context.Context, env *plugin.Env, c cristate.ImagesConfig) (*criimage.Service, error) {
-		return criimage.New(criimage.Deps{Source: d.views, Events: d.bus, Unpacker: d.unpacker, Config: c, Runtime: config, Roots: d.roots,
+	images, err := plugin.Open(ctx, host, plugin.New(typeCRI, "images", imagesConfig(cristate.DefaultImagesConfig()), func(_ context.Context, env *plugin.Env, c imagesConfig) (*criimage.Service, error) {
+		if absent := c.absent(slices.Sorted(maps.Keys(d.roots))...); len(absent) > 0 {
+			return nil, errors.Join(absent...)
+		}
+		return criimage.New(criimage.Deps{Source: d.views, Events: d.bus, Unpacker: d.unpacker, Config: cristate.ImagesConfig(c), Runtime: config, Roots: d.roots,
 			HostsDir: filepath.Join(state, "hosts"), Metrics: d.metrics, Log: env.Log})
 	}))
 	if err != nil {
@@ -282,6 +288,36 @@ func checkRuntimes(c cristate.RuntimeConfig) error {
 		}
 	}
 	return nil
+}
+
+// imagesConfig is the block of the images, which knows the snapshotters.
+type imagesConfig cristate.ImagesConfig
+
+// Ineffective implements config.Reporter.
+func (c *imagesConfig) Ineffective(report func(why string, key ...string)) {
+	(*cristate.ImagesConfig)(c).Ineffective(report)
+	c.unknown([]string{native.Name, overlay.Name}, func(why string, key ...string) { report(why+"; pods cannot be run", key...) })
+}
+
+// absent are the snapshotters that the block names and that are not loaded.
+func (c *imagesConfig) absent(loaded ...string) (all []error) {
+	c.unknown(loaded, func(why string, key ...string) {
+		all = append(all, fmt.Errorf("%s: %s: %w", strings.Join(key, "."), why, errdefs.ErrNotFound))
+	})
+	return all
+}
+
+// unknown reports the keys that name a snapshotter which is not among those given.
+func (c *imagesConfig) unknown(names []string, report func(why string, key ...string)) {
+	one := func(name string, key ...string) {
+		if name != "" && !slices.Contains(names, name) {
+			report(fmt.Sprintf("there is no snapshotter %q (there are %s)", name, strings.Join(names, ", ")), key...)
+		}
+	}
+	one(c.Snapshotter, "snapshotter")
+	for _, handler := range slices.Sorted(maps.Keys(c.RuntimePlatforms)) {
+		one(c.RuntimePlatforms[handler].Snapshotter, "runtime_platforms", handler, "snapshotter")
+	}
 }
 
 // cgroupDriver is that of the default handler, or of the first other one that

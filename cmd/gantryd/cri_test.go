@@ -63,6 +63,18 @@ func TestBrokenCRI(t *testing.T) {
 		t.Errorf("%s", log)
 	}
 	s.stop()
+	// So it is with a snapshotter that only a proxy plugin would bring, and the file is told from in advance.
+	s = newServer(t, "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'stargz'\n[plugins.'io.containerd.cri.v1.images'.runtime_platforms.kata]\nsnapshotter = 'erofs'\n")
+	const absent = `there is no snapshotter "stargz" (there are native, overlayfs)`
+	if out, err := s.command("config", "check").CombinedOutput(); err == nil || !strings.Contains(string(out), "config.toml:5:1: plugins.'io.containerd.cri.v1.images'.snapshotter has no effect: "+absent) ||
+		!strings.Contains(string(out), "config.toml:7:1: plugins.'io.containerd.cri.v1.images'.runtime_platforms.kata.snapshotter has no effect: ") {
+		t.Errorf("%v: %s", err, out)
+	}
+	s.start()
+	if log := s.log.String(); !strings.Contains(log, "Kubernetes' services are not available") || !strings.Contains(log, "snapshotter: there is no snapshotter") || !strings.Contains(log, "runtime_platforms.kata.snapshotter") {
+		t.Errorf("%s", log)
+	}
+	s.stop()
 	s = newServer(t, "required_plugins = ['io.containerd.grpc.v1.cri']\n"+broken)
 	if out, err := s.command().CombinedOutput(); err == nil || !strings.Contains(string(out), "/no/such/spec.json") {
 		t.Errorf("%v: %s", err, out)

@@ -267,6 +267,9 @@ func TestConfigurations(t *testing.T) {
 		want []string
 	}{
 		{[]string{"config", "check"}, false, []string{path + ":4:", "surprise", path + ":6:", "mutation_threshold"}},
+		{[]string{"config", "check", path}, false, []string{"one file is checked at a time"}}, // the other is that of --config
+		{[]string{"config", "chek"}, false, []string{`unknown command "chek"`}},
+		{[]string{"config"}, true, []string{"check", "effective", "migrate"}},
 		{[]string{"--strict"}, false, []string{path + ":4:", "surprise"}},
 		{[]string{"config", "dump"}, true, []string{"version = 4", s.sock}},
 		{[]string{"config", "effective"}, true, []string{path + ":"}},
@@ -288,6 +291,11 @@ func TestConfigurations(t *testing.T) {
 				t.Errorf("gantryd %v does not say %q:\n%s", tc.args, w, out)
 			}
 		}
+	}
+	alone := exec.CommandContext(t.Context(), os.Args[0], "config", "check", path)
+	alone.Env = append(os.Environ(), asDaemon+"=1")
+	if out, err := alone.CombinedOutput(); err == nil || !strings.Contains(string(out), path+":6:") {
+		t.Errorf("config check FILE: %v\n%s", err, out)
 	}
 	// Warnings do not keep it from starting.
 	s.start()

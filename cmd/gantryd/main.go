@@ -72,14 +72,14 @@ func command() *cobra.Command {
 	p.StringVar(&f.Root, "root", "", "`directory` of what is kept (default "+config.DefaultRoot+")")
 	p.StringVar(&f.State, "state", "", "`directory` of what a reboot may drop (default "+config.DefaultState+")")
 	p.StringVarP(&f.Address, "address", "a", "", "`path` of the gRPC socket (default "+config.DefaultAddress+")")
-	p.StringVarP(&f.LogLevel, "log-level", "l", "", "trace, debug, info, warn, error, fatal or panic")
+	p.StringVarP(&f.LogLevel, "log-level", "l", "", "`level`: trace, debug, info, warn, error, fatal or panic")
 	root.Flags().BoolVarP(&showVersion, "version", "v", false, "print the version")
 	root.AddCommand(configCommand(&f))
 	return root
 }
 
 func configCommand(f *flags) *cobra.Command {
-	cmd := &cobra.Command{Use: "config", Short: "Look at the configuration without starting anything"}
+	cmd := &cobra.Command{Use: "config", Short: "Look at the configuration without starting anything", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	add := func(use, short string, run func(w io.Writer) error) *cobra.Command {
 		c := &cobra.Command{Use: use, Short: short, Args: cobra.NoArgs, RunE: func(c *cobra.Command, _ []string) error { return run(c.OutOrStdout()) }}
 		cmd.AddCommand(c)
@@ -108,13 +108,22 @@ func configCommand(f *flags) *cobra.Command {
 		return err
 	})
 	var forVersion int
-	check := add("check", "Report everything in the configuration that would not take effect", func(w io.Writer) error {
+	check := add("check [FILE]", "Report everything in the configuration that would not take effect", func(w io.Writer) error {
 		n, err := config.Check(w, f.path, config.CheckOptions{Options: f.Options, ForVersion: forVersion, Components: components()})
 		if err == nil && n > 0 {
 			err = fmt.Errorf("%d findings", n)
 		}
 		return err
 	})
+	check.Args = func(_ *cobra.Command, args []string) error {
+		switch {
+		case len(args) > 1, len(args) == 1 && f.path != "":
+			return errors.New("config check: one file is checked at a time")
+		case len(args) == 1:
+			f.path = args[0]
+		}
+		return nil
+	}
 	check.Flags().IntVar(&forVersion, "for-version", 0, "newest `version` of the format that the reader knows (default 4)")
 	return cmd
 }

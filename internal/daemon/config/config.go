@@ -558,15 +558,22 @@ func (d Decoder) Decode(uri string, into any) error {
 	return err
 }
 
-// Rest reports the plugin blocks that no one decoded: unknown plugins, unknown
-// keys, wrong types, and settings that are accepted but not yet effective
+// Rest reports proxy plugins, which are not there yet, and the plugin blocks that
+// no one decoded: unknown plugins, unknown keys, wrong types, and settings that are accepted but not yet effective
 // because they differ from the default. Blocks of disabled plugins are only
 // checked for unknown keys and types. Call it when all components are open.
 // The error is as for Decode.
 func (c *Config) Rest() ([]Warning, error) {
+	var ws []Warning
+	if proxies := c.read.at("proxy_plugins"); proxies.isTable() {
+		for _, name := range proxies.keys() {
+			key := keyPath([]string{"proxy_plugins", name})
+			ws = append(ws, Warning{Pos: proxies.table[name].pos, Key: key, Kind: Ineffective, Msg: key + " is accepted, not yet effective"})
+		}
+	}
 	plugins := c.read.at("plugins")
 	if !plugins.isTable() {
-		return nil, nil
+		plugins = &node{}
 	}
 	disabled := map[string]bool{}
 	for _, uri := range c.DisabledPlugins {
@@ -576,7 +583,6 @@ func (c *Config) Rest() ([]Warning, error) {
 		}
 	}
 	schemas := known().at("plugins")
-	var ws []Warning
 	for _, uri := range plugins.keys() {
 		c.mu.Lock()
 		done := c.decoded[uri]

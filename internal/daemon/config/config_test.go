@@ -513,6 +513,20 @@ root_path = ['/']
 }
 
 // promise: P37
+func TestProxiesAreReported(t *testing.T) {
+	for _, text := range []string{"version = 4\n[proxy_plugins.stargz]\ntype = 'snapshot'\n", "version = 2\n[proxy_plugins]\n[proxy_plugins.stargz]\ntype = 'snapshot'\n[plugins]\n"} {
+		c, _ := load(t, text, Options{})
+		if rest, err := c.Rest(); err != nil || !has(rest, Ineffective, "proxy_plugins.stargz is accepted, not yet effective") {
+			t.Errorf("%v %v", rest, err)
+		}
+		s, _ := load(t, text, Options{Strict: true})
+		if _, err := s.Rest(); err == nil || !strings.Contains(err.Error(), "proxy_plugins.stargz") {
+			t.Errorf("strict: %v", err)
+		}
+	}
+}
+
+// promise: P37
 func TestForVersion(t *testing.T) {
 	path := write(t, filepath.Join(t.TempDir(), "c.toml"), "version = 4\n")
 	var out bytes.Buffer
