@@ -139,7 +139,8 @@ func (c *ImagesConfig) Ineffective(report func(why string, key ...string)) {
 
 // Ineffective reports the settings of runtime handlers that do nothing.
 func (c *RuntimeConfig) Ineffective(report func(why string, key ...string)) {
-	for name, r := range c.Containerd.Runtimes {
+	for _, name := range slices.Sorted(maps.Keys(c.Containerd.Runtimes)) {
+		r := c.Containerd.Runtimes[name]
 		at := func(why string, key ...string) {
 			report(why, append([]string{"containerd", "runtimes", name}, key...)...)
 		}
