@@ -260,7 +260,11 @@ func TestKin(t *testing.T) {
 			t.Errorf("%q in %q: %v", c.group, c.of, got)
 		}
 	}
+	if k := kinOf(os.Getpid(), ticks()+1); k != nil {
+		t.Error("what ran before is taken for the command")
+	}
 	// As a shim would that knows only the one process: the rest is found.
+	since := ticks()
 	cmd := exec.Command("/bin/busybox", "sh", "-c", "/bin/busybox sleep 7601 & /bin/busybox setsid /bin/busybox sleep 7602 & /bin/busybox sleep 7603; true")
 	other := exec.Command("/bin/busybox", "sleep", "7699")
 	for _, c := range []*exec.Cmd{cmd, other} {
@@ -272,7 +276,10 @@ func TestKin(t *testing.T) {
 	until(t, "they run", func() bool {
 		return processes("sleep 7601") == 2 && processes("setsid /bin/busybox sleep 7602")+processes("busybox sleep 7602") >= 2 && processes("busybox sleep 7603") == 2
 	})
-	k := kinOf(cmd.Process.Pid)
+	k := kinOf(cmd.Process.Pid, since)
+	if k == nil {
+		t.Fatal("the command itself is not found")
+	}
 	k.kill()
 	cmd.Wait()
 	until(t, "they have ended", func() bool { return processes("sleep 760") == 0 })
@@ -281,7 +288,7 @@ func TestKin(t *testing.T) {
 	}
 	other.Process.Kill()
 	other.Wait()
-	if k := kinOf(cmd.Process.Pid); k != nil {
+	if k := kinOf(cmd.Process.Pid, since); k != nil {
 		t.Error("it has ended")
 	}
 	(*kin)(nil).stop()

@@ -163,6 +163,7 @@ func (s *Service) start(ctx context.Context, c Container, cmd []string, st Strea
 			return nil, err
 		}
 	}
+	since := ticks()
 	made = true // an answer that did not come is no proof of the contrary
 	if err := s.d.Tasks.Exec(ctx, c.ID, exec, task.ExecOptions{IO: io, Spec: typed.Any{URL: processURL, Value: spec}}); err != nil {
 		return nil, err
@@ -171,7 +172,7 @@ func (s *Service) start(ctx context.Context, c Container, cmd []string, st Strea
 	if err != nil {
 		return nil, err
 	}
-	x.kin = kinOf(int(pid))
+	x.kin = kinOf(int(pid), since)
 	x.follow(st)
 	return x, nil
 }

@@ -22,15 +22,26 @@ type kin struct {
 	streams  map[stream]bool
 }
 
-// kinOf is called when the process has just been started; nil if it has ended.
-func kinOf(pid int) *kin {
+// ticks is now as processes' start times are told.
+func ticks() uint64 {
+	var t unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) != nil {
+		return 0
+	}
+	return uint64(t.Nano()) / 1e7
+}
+
+// kinOf is called when the process has just been started; nil if it has ended,
+// or is older than since: a runtime whose containers are virtual machines gives
+// the number of the machine.
+func kinOf(pid int, since uint64) *kin {
 	group, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
 	if err != nil || pid <= 1 {
 		return nil
 	}
 	k := &kin{cgroup: string(group), known: map[int]uint64{}}
 	p, ok := k.look(pid)
-	if !ok {
+	if !ok || p.start < since {
 		return nil
 	}
 	k.known[pid] = p.start
