@@ -69,6 +69,9 @@ func (s *Service) attach(ctx context.Context, c Container, st Streams) error {
 		go func() {
 			_, err := io.Copy(waking{in, wake}, st.Stdin)
 			in.Close()
+			if errors.Is(context.Cause(ctx), errStopped) {
+				return // the client did not end it, and may come again
+			}
 			if c.StdinOnce && !c.TTY {
 				if c.InputEnds != nil {
 					c.InputEnds()
@@ -86,7 +89,7 @@ func (s *Service) attach(ctx context.Context, c Container, st Streams) error {
 			typed <- err
 		}()
 	}
-	if c.TTY && st.Resize != nil {
+	if st.Resize != nil { // without a terminal too: they are in the way of the input
 		go s.resize(ctx, c.ID, "", st.Resize)
 	}
 	printed := make(chan error, 1)

@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/net/websocket"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 )
 
 var errNoContainer = fmt.Errorf("container: %w", errdefs.ErrNotFound)
@@ -175,7 +177,7 @@ func TestRemote(t *testing.T) {
 			expect(t, p.status, `"reason":"NonZeroExitCode"`, `"causes":[{"reason":"ExitCode","message":"3"}]`)
 			p.close()
 
-			got, err = r.srv.Exec(t.Context(), &cri.ExecRequest{ContainerId: "c1", Cmd: []string{"sh", "-c", "read x; echo $TERM $x; stty size"}, Stdin: true, Stdout: true, Tty: true})
+			got, err = r.srv.Exec(t.Context(), &cri.ExecRequest{ContainerId: "c1", Cmd: []string{"sh", "-c", `read x; while [ "$(stty size)" != "37 91" ]; do sleep 0.01; done; echo $TERM $x; stty size`}, Stdin: true, Stdout: true, Tty: true})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -184,12 +186,7 @@ func TestRemote(t *testing.T) {
 				t.Fatal(err)
 			}
 			// The size is on another stream than the input: it may come later.
-			go func() {
-				for range 20 {
-					time.Sleep(50 * time.Millisecond)
-				}
-				io.WriteString(p.stdin, "typed\n")
-			}()
+			io.WriteString(p.stdin, "typed\n")
 			expect(t, p.stdout, "typed", "xterm typed", "37 91")
 			expect(t, p.status, `"status":"Success"`)
 		})
@@ -298,6 +295,37 @@ func TestAttach(t *testing.T) {
 			expect(t, p.stdout, "31 93 x\r\n")
 			close(stop)
 		})
+	}
+	// Sizes for a container without a terminal keep nothing back.
+	sized, err := r.srv.Attach(t.Context(), &cri.AttachRequest{ContainerId: "echo", Stdin: true, Stdout: true, Tty: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	np := overWebSocket(t, sized.Url, "iot")
+	for range 3 {
+		io.WriteString(np.resize, `{"Width":93,"Height":31}`)
+	}
+	io.WriteString(np.stdin, "three\n")
+	expect(t, np.stdout, "out three\n")
+	// A server that ends is not the end of the input.
+	short, err := Listen(r.s, cristate.DefaultServerConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- short.Run(ctx) }()
+	first, err := short.Attach(t.Context(), &cri.AttachRequest{ContainerId: "once", Stdin: true, Stdout: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fp := overSPDY(t, first.Url, "io")
+	io.WriteString(fp.stdin, "earlier input\n")
+	expect(t, fp.stdout, "earlier input\n")
+	stop()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
 	}
 	// It takes the input once, and the end of it.
 	got, err := r.srv.Attach(t.Context(), &cri.AttachRequest{ContainerId: "once", Stdin: true, Stdout: true})

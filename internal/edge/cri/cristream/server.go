@@ -34,6 +34,9 @@ const (
 	closeWithin  = 5 * time.Second  // in which a client takes some of what was sent to it in the end
 )
 
+// errStopped is why requests end when the Server does.
+var errStopped = errors.New("the server of streams is stopped")
+
 // Server serves the URLs that it gives out: one use each, within a minute.
 type Server struct {
 	s    *Service
@@ -93,20 +96,23 @@ func (x *Server) URL() string { return x.base }
 
 // Run serves until ctx ends, and closes all connections then.
 func (x *Server) Run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	base, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
 	var busy sync.WaitGroup // connections that are no longer net/http's
-	x.http.BaseContext = func(net.Listener) context.Context { return ctx }
+	x.http.BaseContext = func(net.Listener) context.Context { return base }
 	handler := x.http.Handler
 	x.http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		busy.Add(1)
 		defer busy.Done()
 		watched(w, r, handler)
 	})
-	stop := context.AfterFunc(ctx, func() { x.http.Close() })
+	stop := context.AfterFunc(ctx, func() {
+		cancel(errStopped)
+		x.http.Close()
+	})
 	defer stop()
 	err := x.http.Serve(x.ln)
-	cancel()
+	cancel(errStopped)
 	busy.Wait()
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
