@@ -335,6 +335,37 @@ func TestTokens(t *testing.T) {
 	}
 }
 
+// A client that does not send the body it announced is not waited for.
+// promise: C4
+func TestSlowBody(t *testing.T) {
+	s := bare(t, cristate.DefaultServerConfig()).s
+	x, err := Listen(s, cristate.DefaultServerConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := x.http.ReadTimeout; d <= 0 || d > createWithin {
+		t.Fatal("it may take ", d)
+	}
+	x.http.ReadTimeout /= 100 // nobody wants to wait so long
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- x.Run(ctx) }()
+	c, err := net.Dial("tcp", strings.TrimPrefix(x.URL(), "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	io.WriteString(c, "POST /exec/x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nsome")
+	c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if answer, err := io.ReadAll(c); err != nil || !strings.Contains(string(answer), "404") {
+		t.Errorf("%q, %v", answer, err)
+	}
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
 // A client may go at each step; it leaves nothing.
 // promise: C4
 // contract: 7.1.19

@@ -87,7 +87,8 @@ func Listen(s *Service, c cristate.ServerConfig) (*Server, error) {
 		mux.HandleFunc(method+"/attach/{token}", x.serve)
 		mux.HandleFunc(method+"/portforward/{token}", x.serve)
 	}
-	x.http = &http.Server{Handler: mux, ReadHeaderTimeout: createWithin, IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10}
+	// The times are for connections that are not taken over.
+	x.http = &http.Server{Handler: mux, ReadTimeout: createWithin, IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10}
 	return x, nil
 }
 
