@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -135,10 +136,49 @@ func (c *ImagesConfig) Ineffective(report func(why string, key ...string)) {
 	if c.ImageDecryption.KeyModel != "" && c.ImageDecryption.KeyModel != "node" {
 		report("encrypted layers are decrypted by stream processors with keys of the node, or not at all", "image_decryption", "key_model")
 	}
+	if r := c.Registry; r.ConfigPath != "" {
+		const both = "config_path is set too, which cannot be" + fatal
+		if len(r.Mirrors) > 0 {
+			report(both, "registry", "mirrors")
+		}
+		for _, host := range slices.Sorted(maps.Keys(r.Configs)) {
+			if r.Configs[host].TLS != nil {
+				report(both, "registry", "configs", host, "tls")
+			}
+		}
+	}
 }
 
-// Ineffective reports the settings of runtime handlers that do nothing.
+// fatal is said of a setting with which Kubernetes' services do not start.
+const fatal = "; pods cannot be run"
+
+// noDuration reports a text that is none; "" is the default.
+func noDuration(report func(why string, key ...string), key, text string) {
+	if d, err := time.ParseDuration(text); text != "" && (err != nil || d < 0) {
+		report(fmt.Sprintf("%.80q is no duration such as 10s", text)+fatal, key)
+	}
+}
+
+// Ineffective reports the settings of streaming with which nothing starts.
+func (c *ServerConfig) Ineffective(report func(why string, key ...string)) {
+	noDuration(report, "stream_idle_timeout", c.StreamIdleTimeout)
+	if _, err := strconv.ParseUint(c.StreamServerPort, 10, 16); c.StreamServerPort != "" && err != nil {
+		report(fmt.Sprintf("%.80q is no port", c.StreamServerPort)+fatal, "stream_server_port")
+	}
+	if pair := c.X509KeyPair; !c.EnableTLSStreaming && (pair.CertFile != "" || pair.KeyFile != "") {
+		report("enable_tls_streaming is not set, which cannot be"+fatal, "x509_key_pair_streaming")
+	}
+}
+
+// Ineffective reports the settings of pods and of runtime handlers that do
+// nothing, or with which nothing starts.
 func (c *RuntimeConfig) Ineffective(report func(why string, key ...string)) {
+	noDuration(report, "stats_collect_period", c.StatsCollectPeriod)
+	noDuration(report, "stats_retention_period", c.StatsRetentionPeriod)
+	noDuration(report, "drain_exec_sync_io_timeout", c.DrainExecSyncIOTimeout)
+	if _, _, err := c.Handler(""); err != nil {
+		report(fmt.Sprintf("there is no such runtime handler (there are %q)", slices.Sorted(maps.Keys(c.Containerd.Runtimes)))+fatal, "containerd", "default_runtime_name")
+	}
 	for _, name := range slices.Sorted(maps.Keys(c.Containerd.Runtimes)) {
 		r := c.Containerd.Runtimes[name]
 		at := func(why string, key ...string) {
@@ -154,6 +194,9 @@ func (c *RuntimeConfig) Ineffective(report func(why string, key ...string)) {
 		}
 		for _, option := range r.unknownOptions() {
 			at("the runtime has no such option", "options", option)
+		}
+		if _, err := r.Record(); err != nil {
+			at(err.Error()+fatal, "options")
 		}
 	}
 }

@@ -53,8 +53,10 @@ func TestIneffective(t *testing.T) {
 		}
 		got = append(got, strings.Join(key, " "))
 	}
+	server := DefaultServerConfig()
 	images.Ineffective(report)
 	runtimes.Ineffective(report)
+	server.Ineffective(report)
 	if len(got) > 0 {
 		t.Errorf("of the defaults: %q", got)
 	}
@@ -65,7 +67,21 @@ func TestIneffective(t *testing.T) {
 	images.Ineffective(report)
 	runtimes.Ineffective(report)
 	want := []string{"max_concurrent_downloads", "concurrent_layer_fetch_buffer", "image_pull_with_sync_fs", "use_local_image_pull", "image_decryption key_model",
-		"containerd runtimes a.b io_type", "containerd runtimes a.b sandboxer", "containerd runtimes a.b options CriuPath"}
+		"containerd default_runtime_name", "containerd runtimes a.b io_type", "containerd runtimes a.b sandboxer", "containerd runtimes a.b options CriuPath"}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	// Settings with which nothing starts.
+	got, images, runtimes = nil, DefaultImagesConfig(), DefaultRuntimeConfig()
+	images.Registry = RegistryConfig{ConfigPath: "/certs.d", Mirrors: map[string]RegistryMirror{"a": {}}, Configs: map[string]RegistryHost{"b": {Auth: &RegistryAuth{}}}}
+	runtimes.StatsCollectPeriod, runtimes.StatsRetentionPeriod, runtimes.DrainExecSyncIOTimeout = "10", "-1s", "x"
+	runtimes.Containerd.Runtimes = map[string]Runtime{"runc": {Type: "io.containerd.runc.v2", Options: map[string]any{"SystemdCgroup": "true"}}}
+	server.StreamIdleTimeout, server.StreamServerPort, server.X509KeyPair.CertFile = "4", "http", "/c"
+	images.Ineffective(report)
+	runtimes.Ineffective(report)
+	server.Ineffective(report)
+	want = []string{"registry mirrors", "stats_collect_period", "stats_retention_period", "drain_exec_sync_io_timeout", "containerd runtimes runc options",
+		"stream_idle_timeout", "stream_server_port", "x509_key_pair_streaming"}
 	if !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
