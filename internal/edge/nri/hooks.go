@@ -92,23 +92,66 @@ func (h *Host) RunPodSandbox(ctx context.Context, pod *cristate.Pod) error {
 	return err
 }
 
-// StopPodSandbox tells that a pod has stopped.
+// StopPodSandbox tells that a pod has stopped, once however often it is called.
 func (h *Host) StopPodSandbox(ctx context.Context, pod *cristate.Pod) error {
-	p := podOf(pod)
-	return h.tell(ctx, h.plugins(), subject{event: api.Event_STOP_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
-		_, err := c.StopPodSandbox(ctx, &api.StopPodSandboxRequest{Pod: p})
+	unlock, err := h.ends.Lock(ctx, pod.ID())
+	if err != nil {
 		return err
+	}
+	defer unlock()
+	return h.stopPod(ctx, pod)
+}
+
+func (h *Host) stopPod(ctx context.Context, pod *cristate.Pod) error {
+	return h.once(ctx, pod.ID(), func() error {
+		p := podOf(pod)
+		return h.tell(ctx, h.plugins(), subject{event: api.Event_STOP_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+			_, err := c.StopPodSandbox(ctx, &api.StopPodSandboxRequest{Pod: p})
+			return err
+		})
 	})
 }
 
-// RemovePodSandbox tells that a pod is being removed, or was not completed.
+// RemovePodSandbox tells that a pod is being removed, or was not completed; who
+// has not heard that it stopped is told that first.
 func (h *Host) RemovePodSandbox(ctx context.Context, pod *cristate.Pod) error {
 	h.leave(pod.ID())
+	unlock, err := h.ends.Lock(ctx, pod.ID())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	defer h.forget(pod.ID())
+	err = h.stopPod(ctx, pod)
 	p := podOf(pod)
-	return h.tell(ctx, h.plugins(), subject{event: api.Event_REMOVE_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
+	return errors.Join(err, h.tell(ctx, h.plugins(), subject{event: api.Event_REMOVE_POD_SANDBOX, pod: p}, func(ctx context.Context, c api.PluginService) error {
 		_, err := c.RemovePodSandbox(ctx, &api.RemovePodSandboxRequest{Pod: p})
 		return err
-	})
+	}))
+}
+
+// once tells the stop of a pod or a container, unless it was told. The caller
+// holds the lock of its end.
+func (h *Host) once(ctx context.Context, id string, tell func() error) error {
+	h.mu.Lock()
+	told := h.ended[id]
+	h.mu.Unlock()
+	if told {
+		return nil
+	}
+	err := tell()
+	if ctx.Err() == nil {
+		h.mu.Lock()
+		h.ended[id] = true
+		h.mu.Unlock()
+	}
+	return err
+}
+
+func (h *Host) forget(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.ended, id)
 }
 
 // UpdatePodSandbox asks about other resources of a pod; an error refuses them
@@ -183,17 +226,25 @@ func (h *Host) PostUpdateContainer(ctx context.Context, pod *cristate.Pod, c *cr
 	}
 }
 
-// RemoveContainer tells that a container is being removed, or was not completed.
+// RemoveContainer tells that a container is being removed, or was not
+// completed; who has not heard that it stopped is told that first.
 func (h *Host) RemoveContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error {
 	h.leave(c.ID())
+	unlock, err := h.ends.Lock(ctx, c.ID())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	defer h.forget(c.ID())
+	err = h.stopContainer(ctx, pod, c)
 	s, any := h.about(ctx, api.Event_REMOVE_CONTAINER, pod, c)
 	if !any {
-		return nil
+		return err
 	}
-	return h.tell(ctx, h.plugins(), s, func(ctx context.Context, p api.PluginService) error {
+	return errors.Join(err, h.tell(ctx, h.plugins(), s, func(ctx context.Context, p api.PluginService) error {
 		_, err := p.RemoveContainer(ctx, &api.RemoveContainerRequest{Pod: s.pod, Container: s.container})
 		return err
-	})
+	}))
 }
 
 // outcome is what a merged call brought besides its answer.
@@ -401,31 +452,67 @@ func (h *Host) UpdateContainer(ctx context.Context, pod *cristate.Pod, c *crista
 	if err := h.others(few, others); err != nil {
 		return nil, err
 	}
-	go h.evict(context.WithoutCancel(ctx), out.evict) // ends within its limit; it may need this container's lock
+	h.spawn(func(ctx context.Context) { h.evict(ctx, out.evict) }) // it may need this container's lock
 	return res, nil
 }
 
-// StopContainer tells that a container has stopped; plugins may give to others
-// what it had.
+// StopContainer tells, once, that a container has stopped; plugins may give to
+// others what it had.
 func (h *Host) StopContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error {
-	s, any := h.about(ctx, api.Event_STOP_CONTAINER, pod, c)
-	if !any {
-		return nil
-	}
-	var out outcome
-	m, err := h.merged(ctx, h.plugins(), s, &out)
-	if m == nil || err != nil {
+	unlock, err := h.ends.Lock(ctx, c.ID())
+	if err != nil {
 		return err
 	}
-	defer m.Stop()
-	r, err := m.StopContainer(ctx, &api.StopContainerRequest{Pod: s.pod, Container: s.container})
-	if err != nil {
-		return out.failed(err)
+	defer unlock()
+	return h.stopContainer(ctx, pod, c)
+}
+
+// ContainerExited is StopContainer for one that has ended by itself. It does
+// not wait.
+func (h *Host) ContainerExited(pod *cristate.Pod, c *cristate.Container) {
+	h.spawn(func(ctx context.Context) {
+		if err := h.StopContainer(ctx, pod, c); err != nil {
+			h.Log.Warn("NRI: end of a container", "container", c.ID(), "error", err)
+		}
+	})
+}
+
+// spawn runs what nobody waits for, until Close.
+func (h *Host) spawn(fn func(context.Context)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return
 	}
-	return h.others(ctx, r.GetUpdate())
+	h.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(h.life, unasked)
+		defer cancel()
+		fn(ctx)
+	})
+}
+
+func (h *Host) stopContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error {
+	return h.once(ctx, c.ID(), func() error {
+		s, any := h.about(ctx, api.Event_STOP_CONTAINER, pod, c)
+		if !any {
+			return nil
+		}
+		var out outcome
+		m, err := h.merged(ctx, h.plugins(), s, &out)
+		if m == nil || err != nil {
+			return err
+		}
+		defer m.Stop()
+		r, err := m.StopContainer(ctx, &api.StopContainerRequest{Pod: s.pod, Container: s.container})
+		if err != nil {
+			return out.failed(err)
+		}
+		return h.others(ctx, r.GetUpdate())
+	})
 }
 
 // update changes containers as plugins wish and returns those that it cannot.
+// It is no error that one is gone: plugins hear of that when it has happened.
 func (h *Host) update(ctx context.Context, all []*api.ContainerUpdate) (failed []*api.ContainerUpdate, err error) {
 	for _, u := range all {
 		res := h.resourcesOut(u.GetContainerId(), &runtime.LinuxContainerResources{}, u.GetLinux().GetResources())
@@ -435,7 +522,7 @@ func (h *Host) update(ctx context.Context, all []*api.ContainerUpdate) (failed [
 		}
 		failed = append(failed, u)
 		h.Log.Warn("NRI: change of a container", "container", u.GetContainerId(), "error", uerr)
-		if !u.GetIgnoreFailure() {
+		if !u.GetIgnoreFailure() && !errdefs.IsNotFound(uerr) {
 			err = errors.Join(err, uerr)
 		}
 	}

@@ -32,6 +32,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/lib/keymutex"
 )
 
 // Config is the block io.containerd.nri.v1.nri (Appendix B of the contract).
@@ -97,14 +98,17 @@ type Host struct {
 	check   *validator.DefaultValidator // nil if it is not enabled
 	metrics metrics
 
+	ends keymutex.Map // held by who tells the end of a pod or container
 	wg   sync.WaitGroup
-	stop context.CancelFunc
+	life context.Context // until Close
+	end  context.CancelFunc
 
 	mu       sync.Mutex // guards what follows; never held over I/O
 	now      *generation
 	listener *net.UnixListener
 	socket   os.FileInfo // as it was made
 	closed   bool
+	ended    map[string]bool // pods and containers whose stop was told
 	seen     map[string]bool // names of plugins in metrics
 }
 
@@ -124,7 +128,8 @@ func New(d Deps) *Host {
 		d.Config.RequestTimeout, d.Config.RegistrationTimeout = std.RequestTimeout, std.RegistrationTimeout
 	}
 	nrilog.Set(library{d.Log})
-	h := &Host{Deps: d, now: &generation{windows: map[string]func() bool{}}, seen: map[string]bool{}}
+	h := &Host{Deps: d, now: &generation{windows: map[string]func() bool{}}, ended: map[string]bool{}, seen: map[string]bool{}}
+	h.life, h.end = context.WithCancel(context.Background())
 	h.metrics = newMetrics(h)
 	if c := d.Config.DefaultValidator; c.Enable {
 		h.check = validator.NewDefaultValidator(&c)
@@ -146,11 +151,17 @@ func (l library) Warnf(ctx context.Context, f string, a ...any)  { l.say(ctx, sl
 func (l library) Errorf(ctx context.Context, f string, a ...any) { l.say(ctx, slog.LevelDebug, f, a) }
 
 // Start starts the plugins that are installed, waits until each has joined or
-// used up its time, and then lets others connect. What does not work is logged:
-// plugins never keep the daemon from starting. They run until Close.
+// used up its time, or ctx ends, and then lets others connect. What does not
+// work is logged: plugins never keep the daemon from starting. They run until Close.
 func (h *Host) Start(ctx context.Context) {
-	ctx, h.stop = context.WithCancel(context.WithoutCancel(ctx))
-	joined := h.launch(ctx)
+	h.mu.Lock()
+	for _, c := range h.Containers.List() {
+		if c.Status().FinishedAt != 0 {
+			h.ended[c.ID()] = true // nobody who joins will have heard of it
+		}
+	}
+	h.mu.Unlock()
+	joined := h.launch(h.life)
 	wait := time.NewTimer(h.Config.RegistrationTimeout + 2*h.Config.RequestTimeout)
 	defer wait.Stop()
 	for _, j := range joined {
@@ -159,11 +170,12 @@ func (h *Host) Start(ctx context.Context) {
 			continue
 		case <-wait.C:
 			h.Log.Warn("some NRI plugins have not joined in time; they may yet")
+		case <-ctx.Done():
 		}
 		break
 	}
 	if !h.Config.DisableConnections {
-		h.wg.Go(func() { h.serve(ctx) })
+		h.wg.Go(func() { h.serve(h.life) })
 	}
 }
 
@@ -173,10 +185,7 @@ func (h *Host) Close() {
 	h.closed = true
 	all, l := h.now.plugins, h.listener
 	h.mu.Unlock()
-	if h.stop == nil {
-		return
-	}
-	h.stop()
+	h.end()
 	if l != nil {
 		l.Close()
 		if info, err := os.Lstat(h.Config.SocketPath); err == nil && os.SameFile(info, h.socket) {

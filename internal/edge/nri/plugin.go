@@ -102,7 +102,7 @@ func (p *plug) UpdateContainers(ctx context.Context, req *api.UpdateContainersRe
 	return &api.UpdateContainersResponse{Failed: failed}, err
 }
 
-// unasked bounds what a plugin wants done by itself.
+// unasked bounds what is done for plugins while nobody waits for it.
 const unasked = time.Minute
 
 // plugin serves a connection until it ends. joined is closed when the plugin
