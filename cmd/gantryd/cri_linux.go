@@ -143,7 +143,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 		return nil, err
 	}
 
-	look := &criHost{config: config, ask: d.manager.Info, log: log, runtimes: map[string]answer{}}
+	look := &criHost{config: config, ask: d.manager.Info, attributes: mountAttributes(), log: log, runtimes: map[string]answer{}}
 	bases, err := baseSpecs(config)
 	if err != nil {
 		return nil, err

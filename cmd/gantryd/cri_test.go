@@ -84,11 +84,11 @@ func TestBrokenCRI(t *testing.T) {
 // A runtime that does not tell what it is is not started at every status; one
 // that was installed meanwhile is seen at once.
 //
-// contract: 13.30
+// contract: 10.10, 13.30
 // promise: P1
 func TestRuntimeThatHangs(t *testing.T) {
 	calls, err := 0, error(context.DeadlineExceeded)
-	h := &criHost{runtimes: map[string]answer{}, log: slog.New(slog.DiscardHandler), ask: func(context.Context, string, typed.Any) (shimclient.RuntimeInfo, error) {
+	h := &criHost{runtimes: map[string]answer{}, attributes: true, log: slog.New(slog.DiscardHandler), ask: func(context.Context, string, typed.Any) (shimclient.RuntimeInfo, error) {
 		calls++
 		return shimclient.RuntimeInfo{Features: typed.Any{Value: []byte(`{"mountOptions":["rro"]}`)}}, err
 	}}
@@ -108,5 +108,9 @@ func TestRuntimeThatHangs(t *testing.T) {
 		if f := h.features(t.Context(), cristate.Runtime{Type: "io.absent.v1"}); !f.RecursiveReadOnly || calls != 4 {
 			t.Errorf("%+v after %d calls", f, calls)
 		}
+	}
+	h.attributes = false // an old kernel: the runtime alone cannot
+	if f := h.features(t.Context(), cristate.Runtime{Type: "io.absent.v1"}); f.RecursiveReadOnly {
+		t.Errorf("without the kernel: %+v", f)
 	}
 }

@@ -33,7 +33,10 @@ type criHost struct {
 	config cristate.RuntimeConfig
 	ask    func(ctx context.Context, runtime string, options typed.Any) (shimclient.RuntimeInfo, error)
 	armor  appArmor
-	log    *slog.Logger
+	// attributes says that the kernel can change those of mounts, which
+	// recursively read-only and id-mapped ones need (contract 10.10).
+	attributes bool
+	log        *slog.Logger
 
 	mu       sync.Mutex // guards runtimes; nothing is asked under it
 	runtimes map[string]answer
@@ -88,7 +91,7 @@ func (h *criHost) features(ctx context.Context, rt cristate.Runtime) criserver.F
 		return criserver.Features{}
 	}
 	var f features.Features
-	if err := json.Unmarshal(info.Features.Value, &f); err != nil {
+	if err := json.Unmarshal(info.Features.Value, &f); err != nil || !h.attributes {
 		return criserver.Features{}
 	}
 	out := criserver.Features{RecursiveReadOnly: slices.Contains(f.MountOptions, "rro")}
@@ -132,6 +135,11 @@ func (h *criHost) infoOf(ctx context.Context, rec container.Runtime) (shimclient
 func (h *criHost) writesLogs(ctx context.Context, rec container.Runtime) bool {
 	info, err := h.infoOf(ctx, rec)
 	return err == nil && info.Annotations[stdio.Annotation] == stdio.FormatCRI
+}
+
+// mountAttributes asks the kernel, of which Linux 5.12 is the first that can.
+func mountAttributes() bool {
+	return unix.MountSetattr(-1, "", 0, &unix.MountAttr{}) != unix.ENOSYS
 }
 
 func cgroupControllers(v2 bool) []string {

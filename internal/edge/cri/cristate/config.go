@@ -184,6 +184,9 @@ func (c *RuntimeConfig) Ineffective(report func(why string, key ...string)) {
 		at := func(why string, key ...string) {
 			report(why, append([]string{"containerd", "runtimes", name}, key...)...)
 		}
+		if r.Type == "" && r.Path == "" {
+			at("it has no runtime_type; pods of this handler are refused")
+		}
 		if r.IOType != "" && r.IOType != "fifo" {
 			at("streams are files and FIFOs", "io_type")
 		}

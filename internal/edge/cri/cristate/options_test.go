@@ -75,12 +75,12 @@ func TestIneffective(t *testing.T) {
 	got, images, runtimes = nil, DefaultImagesConfig(), DefaultRuntimeConfig()
 	images.Registry = RegistryConfig{ConfigPath: "/certs.d", Mirrors: map[string]RegistryMirror{"a": {}}, Configs: map[string]RegistryHost{"b": {Auth: &RegistryAuth{}}}}
 	runtimes.StatsCollectPeriod, runtimes.StatsRetentionPeriod, runtimes.DrainExecSyncIOTimeout = "10", "-1s", "x"
-	runtimes.Containerd.Runtimes = map[string]Runtime{"runc": {Type: "io.containerd.runc.v2", Options: map[string]any{"SystemdCgroup": "true"}}}
+	runtimes.Containerd.Runtimes = map[string]Runtime{"runc": {Type: "io.containerd.runc.v2", Options: map[string]any{"SystemdCgroup": "true"}}, "x": {}}
 	server.StreamIdleTimeout, server.StreamServerPort, server.X509KeyPair.CertFile = "4", "http", "/c"
 	images.Ineffective(report)
 	runtimes.Ineffective(report)
 	server.Ineffective(report)
-	want = []string{"registry mirrors", "stats_collect_period", "stats_retention_period", "drain_exec_sync_io_timeout", "containerd runtimes runc options",
+	want = []string{"registry mirrors", "stats_collect_period", "stats_retention_period", "drain_exec_sync_io_timeout", "containerd runtimes runc options", "containerd runtimes x",
 		"stream_idle_timeout", "stream_server_port", "x509_key_pair_streaming"}
 	if !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
