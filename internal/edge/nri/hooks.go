@@ -471,7 +471,15 @@ func (h *Host) StopContainer(ctx context.Context, pod *cristate.Pod, c *cristate
 // not wait.
 func (h *Host) ContainerExited(pod *cristate.Pod, c *cristate.Container) {
 	h.spawn(func(ctx context.Context) {
-		if err := h.StopContainer(ctx, pod, c); err != nil {
+		unlock, err := h.ends.Lock(ctx, c.ID())
+		if err == nil {
+			defer unlock()
+			if c.Status().Removing {
+				return // RemoveContainer tells it, or has done so
+			}
+			err = h.stopContainer(ctx, pod, c)
+		}
+		if err != nil {
 			h.Log.Warn("NRI: end of a container", "container", c.ID(), "error", err)
 		}
 	})

@@ -461,6 +461,10 @@ func TestEnds(t *testing.T) {
 	last := w.known("last", "p")
 	w.ContainerExited(p, last)
 	eventually(t, "the exit is told", func() bool { return f.told("stop last") })
+	if err := last.Mark(func(st *cristate.Status) error { st.Removing = true; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	w.ContainerExited(p, last) // late
 	if err := w.RemoveContainer(ctx, p, last); err != nil || f.diary[len(f.diary)-2] != "stop last" || f.diary[len(f.diary)-1] != "remove last" {
 		t.Errorf("%v %q", err, f.diary)
 	}
