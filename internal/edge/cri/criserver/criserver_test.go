@@ -642,7 +642,7 @@ func TestLists(t *testing.T) {
 // contract: 7.1.22
 func TestEvents(t *testing.T) {
 	h := serve(t)
-	h.pod(t, "p", cristate.PodReady, 1, map[string]string{"text": strings.Repeat("x", 100)})
+	h.pod(t, "p", cristate.PodReady, 1, map[string]string{"text": strings.Repeat("x", 2000)})
 	h.container(t, "c", "p", cristate.Status{CreatedAt: 1}, nil)
 	h.d.Notifier.Notify(runtime.ContainerEventType_CONTAINER_CREATED_EVENT, "early", "p")
 	subscribe := func() grpc.ServerStreamingClient[runtime.ContainerEventResponse] {
@@ -674,8 +674,10 @@ func TestEvents(t *testing.T) {
 			}
 		}
 	}
-	const rounds, each = 24, 500 // more than the 10,000 that may wait
-	for i := range rounds {
+	// More than the 10,000 that may wait, and than the connection holds, which is
+	// up to 16 MiB when it has seen much.
+	const rounds, each = 80, 500
+	for i := 0; i < rounds && h.d.Notifier.Events.Dropped() == 0; i++ {
 		for j := range each {
 			h.d.Notifier.Notify(runtime.ContainerEventType_CONTAINER_STOPPED_EVENT, fmt.Sprintf("e%d-%d", i, j), "p")
 		}
