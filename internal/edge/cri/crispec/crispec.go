@@ -160,8 +160,14 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	opts := base(in.Base)
 	add := func(o ...oci.Option) { opts = append(opts, o...) }
 	add(oci.WithReadonlyRoot(), oci.WithResolvedUser(in.User), oci.WithSELinux(in.ProcessLabel, in.MountLabel))
-	if sc.GetPrivileged() && sc.GetSelinuxOptions() == nil {
-		add(oci.WithSELinux("", in.MountLabel))
+	if sc.GetPrivileged() {
+		if sc.GetSelinuxOptions() == nil {
+			add(oci.WithSELinux("", in.MountLabel))
+		}
+		add(oci.WithSpec(func(s *specs.Spec) error { // a virtual machine may have no other
+			writable(s, func(kind string) bool { return kind == "sysfs" })
+			return nil
+		}))
 	}
 	if ns.network == runtime.NamespaceMode_NODE {
 		add(oci.WithHostNamespace(specs.NetworkNamespace), oci.WithHostNamespace(specs.UTSNamespace))

@@ -41,6 +41,9 @@ func (in ContainerInput) mounts() ([]oci.Option, error) {
 		if err != nil {
 			return nil, fmt.Errorf("mount at %q: %w", short(m.GetContainerPath()), err)
 		}
+		if taken[s.Destination] { // the later one would hide it
+			mounts = slices.DeleteFunc(mounts, func(was specs.Mount) bool { return was.Destination == s.Destination })
+		}
 		taken[s.Destination] = true
 		mounts = append(mounts, s)
 		switch {
@@ -91,20 +94,21 @@ func (in ContainerInput) mounts() ([]oci.Option, error) {
 		opts = append(opts, oci.WithSpec(func(s *specs.Spec) error { s.Linux.RootfsPropagation = propagation; return nil }))
 	}
 	return append(opts, oci.WithSpec(func(s *specs.Spec) error {
-		for i, m := range s.Mounts {
-			writable := sc.GetPrivileged() && (m.Type == "sysfs" || m.Type == "cgroup") ||
-				m.Type == "cgroup" && in.Runtime.CgroupWritable && in.Host.CgroupV2
-			if writable {
-				s.Mounts[i].Options = slices.Clone(m.Options)
-				for j, o := range m.Options {
-					if o == "ro" {
-						s.Mounts[i].Options[j] = "rw"
-					}
-				}
-			}
-		}
+		writable(s, func(kind string) bool {
+			return sc.GetPrivileged() && (kind == "sysfs" || kind == "cgroup") || kind == "cgroup" && in.Runtime.CgroupWritable && in.Host.CgroupV2
+		})
 		return nil
 	})), nil
+}
+
+// writable turns the read-only ones of some kinds of mounts.
+func writable(s *specs.Spec, which func(kind string) bool) {
+	for i, m := range s.Mounts {
+		if j := slices.Index(m.Options, "ro"); j >= 0 && which(m.Type) {
+			s.Mounts[i].Options = slices.Clone(m.Options)
+			s.Mounts[i].Options[j] = "rw"
+		}
+	}
 }
 
 // mount makes the bind mount of one of the request's.
