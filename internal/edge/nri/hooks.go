@@ -520,7 +520,6 @@ func (h *Host) stopContainer(ctx context.Context, pod *cristate.Pod, c *cristate
 }
 
 // update changes containers as plugins wish and returns those that it cannot.
-// It is no error that one is gone: plugins hear of that when it has happened.
 func (h *Host) update(ctx context.Context, all []*api.ContainerUpdate) (failed []*api.ContainerUpdate, err error) {
 	for _, u := range all {
 		res := h.resourcesOut(u.GetContainerId(), &runtime.LinuxContainerResources{}, u.GetLinux().GetResources())
@@ -530,19 +529,23 @@ func (h *Host) update(ctx context.Context, all []*api.ContainerUpdate) (failed [
 		}
 		failed = append(failed, u)
 		h.Log.Warn("NRI: change of a container", "container", u.GetContainerId(), "error", uerr)
-		if !u.GetIgnoreFailure() && !errdefs.IsNotFound(uerr) {
+		if !u.GetIgnoreFailure() {
 			err = errors.Join(err, uerr)
 		}
 	}
 	return failed, err
 }
 
-// others is update for what comes with an answer about another container.
+// others is update for what comes with an answer about another container. It is
+// no error that one is gone: plugins hear of that when it has happened.
 func (h *Host) others(ctx context.Context, all []*api.ContainerUpdate) error {
-	if _, err := h.update(ctx, all); err != nil {
-		return fmt.Errorf("NRI: change other containers: %w", err)
+	var errs []error
+	for _, u := range all {
+		if _, err := h.update(ctx, []*api.ContainerUpdate{u}); err != nil && !errdefs.IsNotFound(err) {
+			errs = append(errs, fmt.Errorf("NRI: change other containers: %w", err))
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // evictions bounds the stop of a container.
