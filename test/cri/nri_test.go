@@ -177,10 +177,50 @@ func TestNRIAdjust(t *testing.T) {
 		t.Error(err)
 	}
 	c.Stop(0)
+	c.Stop(0)
 	c.Remove()
 	pod.Remove()
-	want := strings.Fields("RunPodSandbox CreateContainer PostCreateContainer StartContainer PostStartContainer UpdateContainer PostUpdateContainer StopContainer RemoveContainer StopPodSandbox")
-	if got := p.told(); len(got) < len(want) || !slices.Equal(got[:len(want)], want) || !slices.Contains(got, "RemovePodSandbox") {
+	want := strings.Fields("RunPodSandbox CreateContainer PostCreateContainer StartContainer PostStartContainer UpdateContainer PostUpdateContainer StopContainer RemoveContainer StopPodSandbox RemovePodSandbox")
+	if got := p.told(); !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+}
+
+// A plugin hears of a container's end when it happens, once, whoever brought it
+// about; what it gave to one that is gone already keeps nobody.
+//
+// contract: 1.4.10, 7.3.23
+func TestNRIExit(t *testing.T) {
+	n := node(t)
+	var gone string
+	p := connect(t, n, "10-watcher", &plugin{create: func(*api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate) {
+		if gone == "" {
+			return nil, nil
+		}
+		u := &api.ContainerUpdate{ContainerId: gone}
+		u.SetLinuxCPUShares(77)
+		return nil, []*api.ContainerUpdate{u}
+	}})
+	pod := n.Pod(t, "pauseless", noticed)
+	stops := func() (n int) {
+		for _, hook := range p.told() {
+			if hook == "StopContainer" {
+				n++
+			}
+		}
+		return n
+	}
+	c := pod.Run("true")
+	critest.Eventually(t, "its end is told", func() bool { return stops() == 1 })
+	gone = c.ID
+	killed := pod.Run("sleep 1000")
+	c.Stop(0)
+	c.Remove()
+	if got := p.told(); stops() != 1 || got[len(got)-1] != "RemoveContainer" {
+		t.Errorf("%q", got)
+	}
+	killed.Remove()
+	if got := p.told(); stops() != 2 || !slices.Equal(got[len(got)-2:], []string{"StopContainer", "RemoveContainer"}) {
 		t.Errorf("%q", got)
 	}
 }

@@ -51,6 +51,9 @@ type NRI interface {
 	UpdateContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container, res *runtime.LinuxContainerResources) (*runtime.LinuxContainerResources, error)
 	PostUpdateContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container)
 	StopContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error
+	// ContainerExited is StopContainer for one that has ended by itself. It does
+	// not wait.
+	ContainerExited(pod *cristate.Pod, c *cristate.Container)
 	RemoveContainer(ctx context.Context, pod *cristate.Pod, c *cristate.Container) error
 }
 

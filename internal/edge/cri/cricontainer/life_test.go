@@ -475,7 +475,8 @@ func TestUpdateResources(t *testing.T) {
 type plugin struct {
 	mu     sync.Mutex
 	diary  []string
-	refuse string // the hook that says no
+	exits  []string // of containers
+	refuse string   // the hook that says no
 }
 
 func (p *plugin) note(what string) error {
@@ -510,6 +511,25 @@ func (p *plugin) PostUpdateContainer(context.Context, *cristate.Pod, *cristate.C
 func (p *plugin) StopContainer(context.Context, *cristate.Pod, *cristate.Container) error {
 	return p.note("stop")
 }
+func (p *plugin) ContainerExited(_ *cristate.Pod, c *cristate.Container) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.exits = append(p.exits, c.ID())
+}
+func (p *plugin) heard(t *testing.T, id string) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		p.mu.Lock()
+		exits := slices.Clone(p.exits)
+		p.mu.Unlock()
+		if slices.Contains(exits, id) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the end of %s is not told, only %q", id, exits)
+		}
+	}
+}
 func (p *plugin) RemoveContainer(context.Context, *cristate.Pod, *cristate.Container) error {
 	return p.note("remove")
 }
@@ -539,6 +559,7 @@ func TestNRI(t *testing.T) {
 	if want := strings.Fields("create created start started update updated stop remove"); !slices.Equal(p.diary, want) {
 		t.Errorf("%q", p.diary)
 	}
+	p.heard(t, id)
 	p.refuse = "create"
 	if _, err := n.s.Create(t.Context(), n.podID, app("b"), nil); !errdefs.IsPermissionDenied(err) {
 		t.Error(err)
@@ -552,6 +573,7 @@ func TestNRI(t *testing.T) {
 	if st := n.get(id).Status(); st.Reason != cristate.ReasonStartError {
 		t.Errorf("%+v", st)
 	}
+	p.heard(t, id)
 }
 
 // contract: 7.3.2

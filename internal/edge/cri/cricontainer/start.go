@@ -124,7 +124,7 @@ func (s *Service) start(ctx context.Context, stage *attempt.Stage, c *cristate.C
 			err = errors.Join(err, merr)
 		}
 	} else {
-		s.notify(runtime.ContainerEventType_CONTAINER_STOPPED_EVENT, c)
+		s.ended(c)
 	}
 	return fmt.Errorf("start container %s: %w", id, err)
 }
@@ -279,7 +279,15 @@ func (s *Service) settle(c *cristate.Container, x task.Exit) {
 		s.Log.Error("store the exit of a container", "container", c.ID(), "error", err)
 		return
 	}
+	s.ended(c)
+}
+
+// ended tells that a container has ended. It does not wait.
+func (s *Service) ended(c *cristate.Container) {
 	s.notify(runtime.ContainerEventType_CONTAINER_STOPPED_EVENT, c)
+	if pod := s.pod(c); s.NRI != nil && pod != nil {
+		s.NRI.ContainerExited(pod, c)
+	}
 }
 
 // outOfMemory remembers that the kernel killed something in the container for
