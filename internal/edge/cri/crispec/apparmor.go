@@ -10,8 +10,9 @@ import (
 
 // AppArmorFacts are what the text of a profile depends on.
 type AppArmorFacts struct {
-	// Peers are profiles whose processes may send signals: those of the daemon,
-	// its shims and runtimes. Unconfined ones always may.
+	// Peers are profiles whose processes may send signals: those of the daemon
+	// and its shims. Unconfined ones always may, and so may runc and crun, which
+	// distributions give profiles of their own.
 	Peers []string
 	// ABI is the version that the host's policy is written for, such as 4.0, ""
 	// if it has none.
@@ -75,7 +76,7 @@ func AppArmorProfile(name string, f AppArmorFacts) (string, error) {
 	}
 	b.WriteString(appArmorRules)
 	fmt.Fprintf(&b, "\n  signal (send,receive) peer=%s,\n  signal (receive) peer=unconfined,\n", name)
-	for _, p := range f.Peers {
+	for _, p := range append([]string{"runc", "crun"}, f.Peers...) {
 		fmt.Fprintf(&b, "  signal (receive) peer=%s,\n", p)
 	}
 	fmt.Fprintf(&b, "  ptrace (trace,read,tracedby,readby) peer=%s,\n}\n", name)
