@@ -70,7 +70,7 @@ func (s *Service) Import(ctx context.Context, rec view.Records, in transfer.Impo
 	default:
 		return ocispec.Descriptor{}, fmt.Errorf("import: media type %.100q: %w", in.MediaType, errdefs.ErrNotImplemented)
 	}
-	m := &importing{rec: rec, store: rec.Content(), compress: in.ForceCompress, files: map[string]file{}, documents: map[string][]byte{}, progress: progress, log: s.log}
+	m := &importing{rec: rec, store: rec.Content(), compress: in.ForceCompress, files: map[string]file{}, documents: map[string][]byte{}, labelled: map[string]bool{}, progress: progress, log: s.log}
 	idx, err := m.run(ctx, in.Reader)
 	if err != nil {
 		return idx, fmt.Errorf("import: %w", err)
@@ -91,6 +91,7 @@ type importing struct {
 	files     map[string]file
 	documents map[string][]byte // oci-layout, index.json, manifest.json
 	entries   int
+	labelled  map[string]bool // documents that label has begun with, by RefKey
 	progress  func(transfer.Progress)
 	log       *slog.Logger
 }
@@ -495,7 +496,9 @@ func (m *importing) label(ctx context.Context, desc ocispec.Descriptor, found *i
 		if err := m.lease(ctx, c); err != nil {
 			return err
 		}
-		if manifest.IsIndex(c.MediaType) || manifest.IsManifest(c.MediaType) {
+		// An index may name another as often as it likes: once is enough.
+		if key := manifest.RefKey(c); !m.labelled[key] && (manifest.IsIndex(c.MediaType) || manifest.IsManifest(c.MediaType)) {
+			m.labelled[key] = true
 			if err := m.label(ctx, c, found, depth+1); err != nil {
 				return err
 			}

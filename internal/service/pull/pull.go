@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
@@ -86,7 +87,7 @@ func (s *Service) Pull(ctx context.Context, rec view.Records, remote registry.Re
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	j := &job{s: s, rec: rec, remote: remote, want: want}
+	j := &job{s: s, rec: rec, remote: remote, want: want, seen: map[visit]bool{}}
 	var mu sync.Mutex
 	j.progress = func(p transfer.Progress) {
 		mu.Lock()
@@ -121,8 +122,37 @@ type job struct {
 	progress func(transfer.Progress)
 
 	mu     sync.Mutex
+	seen   map[visit]bool // what of the tree has been begun
+	count  int            // of the images' layers
 	images []*imageOf
 	others []ocispec.Descriptor // blobs that are neither
+}
+
+// visit is a document as tree sees it: a few small indexes that name each other
+// many times are more paths than can be walked.
+type visit struct {
+	digest   digest.Digest
+	media    string
+	platform string // of a manifest: the config may not have one
+	full     bool
+}
+
+// maxLayers is how many layers all images of one pull may have.
+const maxLayers = 4 * manifest.MaxChildren
+
+// first reports whether a document has not been met yet.
+func (j *job) first(desc ocispec.Descriptor, full bool) bool {
+	v := visit{digest: desc.Digest, media: desc.MediaType, full: full}
+	if desc.Platform != nil && manifest.IsManifest(desc.MediaType) {
+		v.platform = platforms.FormatAll(*desc.Platform)
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.seen[v] {
+		return false
+	}
+	j.seen[v] = true
+	return true
 }
 
 // imageOf is a manifest whose documents are here and whose layers are wanted.
@@ -138,6 +168,9 @@ type imageOf struct {
 func (j *job) tree(ctx context.Context, desc ocispec.Descriptor, parent string, full bool, depth int) error {
 	if depth > manifest.MaxDepth {
 		return fmt.Errorf("index %s: nested more than %d deep: %w", desc.Digest, manifest.MaxDepth, errdefs.ErrInvalidArgument)
+	}
+	if !j.first(desc, full) {
+		return nil // if that fails, so does the whole
 	}
 	switch {
 	case manifest.IsIndex(desc.MediaType):
@@ -247,8 +280,11 @@ func (j *job) manifest(ctx context.Context, desc ocispec.Descriptor, parent stri
 	}
 	img.fetching = newFetching(j, img)
 	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.count += len(m.Layers); j.count > maxLayers {
+		return fmt.Errorf("manifest %s: its layers and those of the images beside it are more than %d: %w", desc.Digest, maxLayers, errdefs.ErrInvalidArgument)
+	}
 	j.images = append(j.images, img)
-	j.mu.Unlock()
 	return nil
 }
 

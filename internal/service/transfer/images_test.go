@@ -23,6 +23,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/core/content"
@@ -270,6 +271,62 @@ func TestBadImages(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Some small indexes that name each other many times are more paths than
+// anybody can walk: each is looked at once. Many layers in many manifests are
+// more than are remembered.
+//
+// promise: P36, C4
+func TestIndexBombs(t *testing.T) {
+	img := registrytest.Build("amd64", 1000, registrytest.Gzip)
+	reg := registrytest.New(t)
+	reg.AddImage("app", "plain", img)
+	index := func(of ...ocispec.Descriptor) []byte {
+		b, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: of})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	bomb := &registrytest.Image{Target: img.Target, Top: img.Top, Blobs: img.Blobs}
+	var archived []byte
+	for range manifest.MaxDepth {
+		archived = layoutOf(bomb, nil) // one less: it has an index of its own
+		b := index(slices.Repeat([]ocispec.Descriptor{bomb.Target}, 200)...)
+		bomb = &registrytest.Image{Target: reg.AddManifest("app", "bomb", ocispec.MediaTypeImageIndex, b), Top: b, Blobs: append(slices.Clone(bomb.Blobs), bomb.Top)}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	w := newWorld(t, edge.Config{})
+	store := core.ImageStore{Name: "pulled", Platforms: []ocispec.Platform{{OS: "linux", Architecture: "amd64"}}, Unpacks: unpackMemory()}
+	if err := w.transferCtx(ctx, core.Registry{Reference: reg.Host() + "/app:bomb"}, store, core.Options{}); err != nil {
+		t.Error("pull: ", err)
+	}
+	w.clean(1)
+	w = newWorld(t, edge.Config{})
+	if err := w.transferCtx(ctx, core.Import{Reader: bytes.NewReader(archived)}, core.ImageStore{Name: "imported", Unpacks: unpackMemory()}, core.Options{}); err != nil {
+		t.Error("import: ", err)
+	}
+	w.clean(1)
+
+	var many []ocispec.Descriptor
+	for i := range 5 {
+		m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: img.Config,
+			Layers: slices.Repeat(img.Layers, manifest.MaxChildren-1), Annotations: map[string]string{"n": fmt.Sprint(i)}}
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := reg.AddManifest("app", "", m.MediaType, b)
+		d.Platform = img.Target.Platform
+		many = append(many, d)
+	}
+	reg.AddManifest("app", "many", ocispec.MediaTypeImageIndex, index(many...))
+	w = newWorld(t, edge.Config{})
+	err := w.transferCtx(ctx, core.Registry{Reference: reg.Host() + "/app:many"}, store, core.Options{})
+	wantError(t, err, errdefs.IsInvalidArgument, "more than 16384", "layers")
+	w.clean(0)
 }
 
 // A download that is cut because another layer of the image is bad has done

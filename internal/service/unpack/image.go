@@ -26,6 +26,7 @@ func (s *Service) Image(ctx context.Context, rec view.Records, target ocispec.De
 	var best *ocispec.Manifest
 	var bestPlatform ocispec.Platform
 	var has []string
+	seen := map[string]bool{} // an index may name another as often as it likes
 	var visit func(desc ocispec.Descriptor, depth int) error
 	visit = func(desc ocispec.Descriptor, depth int) error {
 		switch {
@@ -37,6 +38,10 @@ func (s *Service) Image(ctx context.Context, rec view.Records, target ocispec.De
 				return err
 			}
 			for _, c := range children {
+				if seen[manifest.RefKey(c)] {
+					continue
+				}
+				seen[manifest.RefKey(c)] = true
 				if err := visit(c, depth+1); err != nil && !(errdefs.IsNotFound(err) && c.Digest != target.Digest) {
 					return err
 				}

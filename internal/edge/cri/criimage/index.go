@@ -292,6 +292,7 @@ func (s *Service) record(ctx context.Context, name string, labels map[string]str
 func (s *Service) inspect(ctx context.Context, desc ocispec.Descriptor, name string, wants []target) (facts, error) {
 	var all []facts
 	var missing error
+	seen := map[string]bool{} // an index may name another as often as it likes
 	var visit func(d ocispec.Descriptor, depth int) error
 	visit = func(d ocispec.Descriptor, depth int) error {
 		switch {
@@ -301,9 +302,10 @@ func (s *Service) inspect(ctx context.Context, desc ocispec.Descriptor, name str
 				return err
 			}
 			for _, c := range children {
-				if c.Platform != nil && !slices.ContainsFunc(wants, func(t target) bool { return t.match.Match(*c.Platform) }) {
+				if seen[manifest.RefKey(c)] || c.Platform != nil && !slices.ContainsFunc(wants, func(t target) bool { return t.match.Match(*c.Platform) }) {
 					continue
 				}
+				seen[manifest.RefKey(c)] = true
 				if err := visit(c, depth+1); err != nil {
 					if !errdefs.IsNotFound(err) {
 						return err

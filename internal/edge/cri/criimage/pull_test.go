@@ -3,10 +3,12 @@ package criimage
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,9 +18,11 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/gantryd/gantry/core/manifest"
 	"github.com/gantryd/gantry/core/registry"
 	core "github.com/gantryd/gantry/core/transfer"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
@@ -364,5 +368,28 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%s: ended %v", c.name, !c.ends)
 		}
 		w.stop()
+	}
+}
+
+// Small indexes that name each other many times are more paths than anybody
+// can walk.
+//
+// promise: P36, C4
+func TestIndexBomb(t *testing.T) {
+	s := newHouse(t).open()
+	reg := registrytest.New(t)
+	img := registrytest.Build(goruntime.GOARCH, 1000, registrytest.Gzip)
+	d := reg.AddImage("app", "plain", img)
+	for range manifest.MaxDepth {
+		b, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: slices.Repeat([]ocispec.Descriptor{d}, 200)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d = reg.AddManifest("app", "bomb", ocispec.MediaTypeImageIndex, b)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if id, err := s.Pull(ctx, reg.Host()+"/app:bomb", "", nil); err != nil || id != img.Config.Digest.String() {
+		t.Errorf("%s, %v", id, err)
 	}
 }
