@@ -157,11 +157,16 @@ func TestRealNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	made := make(chan error)
-	done := make(chan struct{})
-	defer close(done)
-	tid := make(chan int, 1)
-	go func() {
-		goruntime.LockOSThread() // it ends with the thread
+	done, tid := make(chan struct{}), make(chan int, 1)
+	var enter func()
+	enter = func() {
+		goruntime.LockOSThread()
+		if unix.Gettid() == os.Getpid() { // the first thread never ends: it stays where it is
+			go enter()
+			<-done
+			goruntime.UnlockOSThread()
+			return
+		}
 		err := unix.Unshare(unix.CLONE_NEWNET)
 		if err == nil {
 			err = exec.Command("ip", "link", "add", "eth0", "type", "bridge").Run()
@@ -171,9 +176,19 @@ func TestRealNetwork(t *testing.T) {
 		}
 		tid <- unix.Gettid()
 		made <- err
-		<-done
-	}()
+		<-done // the thread ends with the goroutine
+	}
+	go enter()
 	pid := uint32(<-tid)
+	defer func() {
+		close(done)
+		for at := time.Now(); time.Since(at) < 10*time.Second; goruntime.Gosched() {
+			if _, err := os.Stat("/proc/self/task/" + strconv.Itoa(int(pid))); err != nil {
+				return
+			}
+		}
+		t.Error("the thread in another network did not end")
+	}()
 	if err := <-made; err != nil {
 		t.Skipf("a network namespace cannot be made: %v", err)
 	}
