@@ -155,7 +155,7 @@ func TestExecSyncDrain(t *testing.T) {
 	if r, err := execSync(c, 30, "(sleep 1; echo late) & echo early"); err != nil || string(r.Stdout) != "early\nlate\n" || time.Since(begin) < time.Second {
 		t.Errorf("after %v: %v %v", time.Since(begin), r, err)
 	}
-	if r, err := execSync(c, 30, "sleep 20 >/dev/null 2>&1 & echo early"); err != nil || string(r.Stdout) != "early\n" || time.Since(begin) > 15*time.Second {
+	if r, err := execSync(c, 30, "sleep 1000 >/dev/null 2>&1 & echo early"); err != nil || string(r.Stdout) != "early\n" {
 		t.Errorf("after %v: %v %v", time.Since(begin), r, err)
 	}
 	begin = time.Now()
@@ -168,8 +168,8 @@ func TestExecSyncDrain(t *testing.T) {
 	n := critest.Run(t, binDir, "drain_exec_sync_io_timeout = '500ms'")
 	c = n.Pod(t, "pauseless").Run("sleep 1000")
 	begin = time.Now()
-	_, err = execSync(c, 50, "sleep 40 & echo early")
-	if d := time.Since(begin); err == nil || d < 500*time.Millisecond || d > 15*time.Second {
+	_, err = execSync(c, 50, "sleep 1000 & echo early")
+	if d := time.Since(begin); err == nil || status.Code(err) == codes.DeadlineExceeded || d < 500*time.Millisecond {
 		t.Errorf("after %v: %v", d, err)
 	}
 }
