@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -29,10 +28,14 @@ func (c *fakeContainers) RestorePod(_ context.Context, _ *attempt.Stage, pod *cr
 	return c.tell("restore", pod.ID())
 }
 
-// late is containers whose restoration lasts until time is up.
-type late struct{ *fakeContainers }
+// late is containers during whose restoration the caller goes away.
+type late struct {
+	*fakeContainers
+	leave func()
+}
 
 func (l late) RestorePod(ctx context.Context, _ *attempt.Stage, pod *cristate.Pod, _ *os.Root, _ cristate.PodCheckpoint, _ []*runtime.ContainerConfig) error {
+	l.leave()
 	<-ctx.Done()
 	return errors.Join(l.tell("restore", pod.ID()), ctx.Err())
 }
@@ -149,12 +152,12 @@ func TestRestore(t *testing.T) {
 	}
 	w.clean()
 
-	s.Deps.Containers = late{w.containers}
-	w.containers.told = nil
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	s.Deps.Containers = late{w.containers, cancel}
+	w.containers.told = nil
 	_, _, err = s.Restore(ctx, dir, config(1), h, named("a", "b"))
-	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "restore its containers") {
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "restore its containers") {
 		t.Error(err)
 	}
 	if len(s.Pods.List()) > 0 || len(w.containers.told) != 2 || !strings.HasPrefix(w.containers.told[1], "remove ") {
