@@ -11,8 +11,8 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"sync"
 	"time"
 
@@ -33,10 +33,11 @@ import (
 )
 
 const (
-	// gcPercent trades processor time, of which a shim uses none, for memory.
-	gcPercent = 40
-	// quiet is how long after a call memory goes back to the system.
-	quiet = 2 * time.Second
+	// quiet is how long after a call memory goes back to the system, if the heap
+	// has more than enough bytes: the first collections have the Go runtime
+	// take more for itself than one container's making leaves to collect.
+	quiet  = 2 * time.Second
+	enough = 3 << 20
 	// abandoned is how long a shim stays that has neither a container nor a
 	// daemon that is connected.
 	abandoned = time.Minute
@@ -50,7 +51,6 @@ const (
 
 // serve is the shim that stays.
 func serve(b Build, a Args) error {
-	debug.SetGCPercent(gcPercent)
 	out := openLog("log")
 	level := slog.LevelInfo
 	if a.Debug {
@@ -99,8 +99,12 @@ func serve(b Build, a Args) error {
 	})
 	sandbox = pod.New(pod.Config{End: service.End, Shutdown: stop})
 	calm := time.AfterFunc(quiet, func() {
-		runtime.GC() // pools give up what they keep at the second collection only
-		debug.FreeOSMemory()
+		for range 2 { // pools give up what they keep at the second collection only
+			if heap() < enough {
+				return
+			}
+			debug.FreeOSMemory()
+		}
 	})
 	server, err := newServer(service, sandbox, log, func() { calm.Reset(quiet) })
 	if err != nil {
@@ -155,6 +159,17 @@ func serve(b Build, a Args) error {
 		log.Warn("events were not delivered before the end")
 	}
 	return nil
+}
+
+// heap returns how much memory it takes, in bytes, used or not.
+func heap() (sum uint64) {
+	// runtime.ReadMemStats would itself cost half a megabyte.
+	samples := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}, {Name: "/memory/classes/heap/free:bytes"}}
+	metrics.Read(samples)
+	for _, s := range samples {
+		sum += s.Value.Uint64()
+	}
+	return sum
 }
 
 // listener takes the socket that start has opened, or opens one.
