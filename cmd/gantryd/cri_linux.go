@@ -101,13 +101,20 @@ func (s *sandboxers) Controller(ns namespace.ID, name string) (sandbox.Controlle
 
 // openCRI builds the kubelet's services; plugin.ErrDisabled if one of their
 // parts is disabled.
-func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger) (*cri, error) {
-	serverConfig, err := plugin.Open(ctx, host, plugin.New(typeGRPC, "cri", cristate.DefaultServerConfig(), func(_ context.Context, _ *plugin.Env, c cristate.ServerConfig) (cristate.ServerConfig, error) {
+func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger) (_ *cri, err error) {
+	var ready func()
+	serverConfig, err := plugin.Open(ctx, host, plugin.New(typeGRPC, "cri", cristate.DefaultServerConfig(), func(_ context.Context, env *plugin.Env, c cristate.ServerConfig) (cristate.ServerConfig, error) {
+		ready = env.RegisterReadiness()
 		return c, nil
 	}))
 	if err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			ready() // nobody is to wait for it
+		}
+	}()
 	config, err := plugin.Open(ctx, host, plugin.New(typeCRI, "runtime", cristate.DefaultRuntimeConfig(), func(_ context.Context, _ *plugin.Env, c cristate.RuntimeConfig) (cristate.RuntimeConfig, error) {
 		return c, checkRuntimes(c)
 	}))
@@ -254,6 +261,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 				defer plugins.Close()
 			}
 			opened.Store(true)
+			ready()
 			var wg sync.WaitGroup
 			defer wg.Wait()
 			wg.Go(func() { watchPods(ctx, sub, podService) })

@@ -1,10 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -49,6 +55,44 @@ func TestCgroupDriver(t *testing.T) {
 		if got := cgroupDriver(c, "/no/such/directory"); got != tt.without {
 			t.Errorf("%s, without systemd: %s", name, got)
 		}
+	}
+}
+
+// The service manager hears that the daemon is ready when the kubelet's services
+// are: what it starts after that meets none that is not initialized.
+//
+// contract: 2.1.5, 13.13
+func TestReadyWithCRI(t *testing.T) {
+	s := newServer(t, "")
+	config, err := os.ReadFile(s.dir + "/config.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A plugin that never registers is waited for, before the services open.
+	config = append(bytes.ReplaceAll(config, []byte("disable = true"), fmt.Appendf(nil,
+		"disable_connections = true\nplugin_path = %q\nplugin_registration_timeout = '500ms'\nplugin_request_timeout = '500ms'", s.dir+"/nri")), '\n')
+	if err = errors.Join(os.WriteFile(s.dir+"/config.toml", config, 0o600), os.Mkdir(s.dir+"/nri", 0o700), os.WriteFile(s.dir+"/nri/10-mute", []byte("#!/bin/sh\nexec sleep 1000\n"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	notifications, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: s.dir + "/notify", Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer notifications.Close()
+	s.env = []string{"NOTIFY_SOCKET=" + s.dir + "/notify"}
+	s.start()
+	if err := notifications.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 100)
+	if n, err := notifications.Read(b); err != nil || string(b[:n]) != "READY=1" {
+		t.Fatalf("%q %v", b[:n], err)
+	}
+	if _, err := runtime.NewRuntimeServiceClient(s.dial()).Status(t.Context(), &runtime.StatusRequest{}); err != nil {
+		t.Errorf("it is not ready: %v", err)
+	}
+	if log := s.log.String(); !strings.Contains(log, "some NRI plugins have not joined in time") {
+		t.Errorf("nothing was waited for: %s", log)
 	}
 }
 

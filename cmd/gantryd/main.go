@@ -22,6 +22,7 @@ import (
 	"github.com/gantryd/gantry/internal/daemon/lifecycle"
 	"github.com/gantryd/gantry/internal/daemon/logging"
 	"github.com/gantryd/gantry/internal/daemon/notify"
+	"github.com/gantryd/gantry/internal/lib/plugin"
 )
 
 // Set by the linker, see the Makefile.
@@ -198,20 +199,40 @@ func serve(ctx context.Context, f *flags) error {
 	if err != nil {
 		return err
 	}
-	ready := func() {
-		// Scripts wait for this very text (contract 8.2.5).
-		log.Info(fmt.Sprintf("containerd successfully booted in %.6fs", time.Since(start).Seconds()), "version", version, "root", cfg.Root, "state", cfg.State)
-		if err := notifier.Ready(); err != nil {
-			log.Warn("notify the service manager", "error", err)
-		}
-	}
+	started := make(chan struct{})
 	// The last component is the first to stop.
-	stopping := lifecycle.Component{Name: "notification", Run: func(ctx context.Context) error {
-		<-ctx.Done()
+	notification := lifecycle.Component{Name: "notification", Run: func(ctx context.Context) error {
+		select {
+		case <-started:
+			waitReady(ctx, d.host, log)
+		case <-ctx.Done():
+		}
+		if ctx.Err() == nil {
+			// Scripts wait for this very text (contract 8.2.5).
+			log.Info(fmt.Sprintf("containerd successfully booted in %.6fs", time.Since(start).Seconds()), "version", version, "root", cfg.Root, "state", cfg.State)
+			if err := notifier.Ready(); err != nil {
+				log.Warn("notify the service manager", "error", err)
+			}
+			<-ctx.Done()
+		}
 		return notifier.Stopping()
 	}}
-	err = lifecycle.Run(ctx, log, ready, append(d.components, stopping)...)
+	err = lifecycle.Run(ctx, log, func() { close(started) }, append(d.components, notification)...)
 	return errors.Join(err, d.host.Close())
+}
+
+// readyWithin is how long a part that is not ready keeps the news that the
+// daemon is. The service manager's patience is 90 s by default, and what it
+// starts next can wait as well as it.
+const readyWithin = 30 * time.Second
+
+// waitReady waits until all parts that asked for it are ready (contract 2.1.5).
+func waitReady(ctx context.Context, host *plugin.Host, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, readyWithin)
+	defer cancel()
+	if err := host.WaitReady(ctx); errors.Is(err, context.DeadlineExceeded) {
+		log.Warn("not all of the daemon is ready, it goes on without", "error", err)
+	}
 }
 
 // debugWriter logs each line that is written to it.
