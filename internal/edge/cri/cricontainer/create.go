@@ -230,7 +230,7 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 	}
 	st := cristate.Status{CreatedAt: time.Now().UnixNano(), Resources: crispec.Resources(spec)}
 	c := cristate.NewContainer(meta, st, s.dir(id))
-	c.SetFacts(facts(spec, img.Snapshotter, id))
+	c.SetFacts(s.facts(spec, img.Snapshotter, id))
 	if s.NRI != nil {
 		stage.Enter("ask the NRI plugins")
 		// Plugins that were asked hear that it came to nothing.
@@ -238,7 +238,7 @@ func (s *Service) create(ctx context.Context, stage *attempt.Stage, name string,
 		if err := s.NRI.CreateContainer(ctx, pod, c, spec); err != nil {
 			return "", err
 		}
-		c.SetFacts(facts(spec, img.Snapshotter, id))
+		c.SetFacts(s.facts(spec, img.Snapshotter, id))
 	}
 
 	if from != nil {
@@ -289,17 +289,27 @@ func (s *Service) unpack(ctx context.Context, img criimage.Image, podID string) 
 }
 
 // facts reads who the first process is.
-func facts(spec *specs.Spec, snapshotter, key string) cristate.Facts {
+func (s *Service) facts(spec *specs.Spec, snapshotter, key string) cristate.Facts {
 	f := cristate.Facts{Snapshotter: snapshotter, SnapshotKey: key}
 	if p := spec.Process; p != nil {
-		u := &runtime.LinuxContainerUser{Uid: int64(p.User.UID), Gid: int64(p.User.GID)}
-		for _, g := range p.User.AdditionalGids {
-			u.SupplementalGroups = append(u.SupplementalGroups, int64(g))
-		}
-		slices.Sort(u.SupplementalGroups)
-		f.User = &runtime.ContainerUser{Linux: u}
+		f.User = s.userOf(p.User)
 	}
 	return f
+}
+
+// userOf is a user as clients are told. Many containers have the same one.
+func (s *Service) userOf(user specs.User) *runtime.ContainerUser {
+	u := &runtime.LinuxContainerUser{Uid: int64(user.UID), Gid: int64(user.GID)}
+	for _, g := range user.AdditionalGids {
+		u.SupplementalGroups = append(u.SupplementalGroups, int64(g))
+	}
+	slices.Sort(u.SupplementalGroups)
+	out := &runtime.ContainerUser{Linux: u}
+	if last := s.user.Load(); proto.Equal(last, out) {
+		return last
+	}
+	s.user.Store(out)
+	return out
 }
 
 func encode(url string, v any) (typed.Any, error) {

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -126,7 +127,8 @@ type Service struct {
 	Deps
 	view     view.View
 	creating *attempt.Group[string]
-	starts   sync.WaitGroup // starts under way; each has its limit
+	starts   sync.WaitGroup                        // starts under way; each has its limit
+	user     atomic.Pointer[runtime.ContainerUser] // of the last container
 
 	sub   event.Subscription
 	found []*cristate.Container // by Recover, for Run to look at
@@ -160,7 +162,7 @@ func (s *Service) tasks() task.Store { return restoring{s.view.Tasks(), s.dir, s
 
 // pod is a container's pod, nil if it is gone.
 func (s *Service) pod(c *cristate.Container) *cristate.Pod {
-	p, err := s.Pods.Get(c.Meta().SandboxID)
+	p, err := s.Pods.Get(c.PodID())
 	if err != nil {
 		return nil
 	}
@@ -168,5 +170,5 @@ func (s *Service) pod(c *cristate.Container) *cristate.Pod {
 }
 
 func (s *Service) notify(kind runtime.ContainerEventType, c *cristate.Container) {
-	s.Notifier.Notify(kind, c.ID(), c.Meta().SandboxID)
+	s.Notifier.Notify(kind, c.ID(), c.PodID())
 }

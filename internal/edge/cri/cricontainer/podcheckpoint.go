@@ -256,10 +256,10 @@ func (s *Service) RestorePod(ctx context.Context, stage *attempt.Stage, pod *cri
 func (s *Service) Restored(podID, checkpoint string, configs []*runtime.ContainerConfig) ([]*runtime.RestoredContainer, error) {
 	var out []*runtime.RestoredContainer
 	for _, c := range s.Containers.List() {
-		m := c.Meta()
-		if m.SandboxID != podID {
+		if c.PodID() != podID {
 			continue
 		}
+		m := c.Meta()
 		from, err := os.ReadFile(filepath.Join(s.dir(m.ID), restoreDir, fromFile))
 		same := slices.ContainsFunc(configs, func(want *runtime.ContainerConfig) bool { return sameRequest(want, m.Config) })
 		if err != nil || string(from) != checkpoint || !same || c.Status().State() != runtime.ContainerState_CONTAINER_CREATED {

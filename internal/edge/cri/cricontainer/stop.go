@@ -270,7 +270,7 @@ func (s *Service) Remove(ctx context.Context, id string) (err error) {
 	if err := s.endTask(ctx, id); err != nil {
 		return err
 	}
-	if err := s.removeParts(ctx, id, c.Facts().Snapshotter, c.Meta().SandboxID); err != nil {
+	if err := s.removeParts(ctx, id, c.Facts().Snapshotter, c.PodID()); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -293,7 +293,7 @@ func (s *Service) RemoveAll(ctx context.Context, podID string) error {
 
 func (s *Service) each(podID string, fn func(id string) error) error {
 	var wg sync.WaitGroup
-	all := slices.DeleteFunc(s.Containers.List(), func(c *cristate.Container) bool { return c.Meta().SandboxID != podID })
+	all := slices.DeleteFunc(s.Containers.List(), func(c *cristate.Container) bool { return c.PodID() != podID })
 	errs := make([]error, len(all))
 	for i, c := range all {
 		wg.Go(func() { errs[i] = fn(c.ID()) })

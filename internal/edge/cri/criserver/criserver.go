@@ -311,7 +311,7 @@ func ifKnown[T any](all index[T], id string, fn func(T) error) error {
 
 // timed does something with a container, which may be its end.
 func (s *Server) timed(name string, c *cristate.Container, do func(id string) error) error {
-	begin, kind := time.Now(), s.runtimeOf(c.Meta().SandboxID) // while it is there
+	begin, kind := time.Now(), s.runtimeOf(c.PodID()) // while it is there
 	return s.timers.done(name, begin, do(c.ID()), kind)
 }
 

@@ -127,12 +127,11 @@ func (s *Server) containerItems(f *runtime.ContainerFilter) []*runtime.Container
 	}
 	var items []*runtime.Container
 	for _, c := range all {
-		m := c.Meta()
-		if pod != "" && m.SandboxID != pod || !matches(m.Config.GetLabels(), f.GetLabelSelector()) {
+		if st := f.GetState(); pod != "" && c.PodID() != pod || st != nil && st.State != c.Status().State() {
 			continue
 		}
 		item := c.Item()
-		if st := f.GetState(); st != nil && st.State != item.State {
+		if !matches(item.Labels, f.GetLabelSelector()) {
 			continue
 		}
 		items = append(items, item)

@@ -50,8 +50,8 @@ func (n *Notifier) Notify(kind runtime.ContainerEventType, id, podID string) {
 func (n *Notifier) Statuses(podID string) []*runtime.ContainerStatus {
 	var all []*runtime.ContainerStatus
 	for _, c := range n.Containers.List() {
-		if m := c.Meta(); m.SandboxID == podID {
-			all = append(all, c.Answer(n.Names(m.ImageRef)))
+		if c.PodID() == podID {
+			all = append(all, c.Answer(n.Names(c.Meta().ImageRef)))
 		}
 	}
 	return all

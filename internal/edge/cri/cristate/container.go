@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/core/typed"
@@ -20,8 +21,8 @@ type ContainerMeta struct {
 	ID        string
 	Name      string
 	SandboxID string
-	// Config is the request; in memory, of a container that has ended, what
-	// clients are still told of.
+	// Config is the request; of a container that has ended, what clients are
+	// still told of it.
 	Config *runtime.ContainerConfig
 	// ImageRef is the id of the image: the digest of its configuration.
 	ImageRef string
@@ -91,14 +92,15 @@ type Container struct {
 	save sync.Mutex // serialises writes of the status file
 	mu   sync.Mutex // guards the rest; taken after save, never held over I/O
 	meta ContainerMeta
+	kept []byte // in the place of meta.Config when it has ended
 	st   Status
 	fact Facts
-	gone chan struct{} // closed when the process has ended
+	gone chan struct{} // closed when the process ends; nil if nobody waits
 }
 
 // NewContainer makes a container whose status is kept in dir.
 func NewContainer(meta ContainerMeta, st Status, dir string) *Container {
-	c := &Container{dir: dir, meta: meta, gone: make(chan struct{})}
+	c := &Container{dir: dir, meta: meta}
 	c.set(st)
 	return c
 }
@@ -106,8 +108,14 @@ func NewContainer(meta ContainerMeta, st Status, dir string) *Container {
 // set replaces the status; the caller holds the lock, if anybody else knows c.
 func (c *Container) set(st Status) {
 	if st.FinishedAt != 0 && c.st.FinishedAt == 0 {
-		close(c.gone)
-		c.meta.Config = remembered(c.meta.Config)
+		if c.gone != nil {
+			close(c.gone)
+			c.gone = nil
+		}
+		// As a message it is a third of what it is as values.
+		if kept, err := proto.Marshal(remembered(c.meta.Config)); err == nil { // else it stays
+			c.kept, c.meta.Config = kept, nil
+		}
 	}
 	c.st = st
 }
@@ -124,25 +132,37 @@ func remembered(c *runtime.ContainerConfig) *runtime.ContainerConfig {
 }
 
 func (c *Container) key() (string, string) {
-	m := c.Meta()
-	return m.ID, m.Name
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.meta.ID, c.meta.Name
 }
 
 // ID is the container's id.
-func (c *Container) ID() string { return c.Meta().ID }
-
-// Meta returns the metadata.
-func (c *Container) Meta() ContainerMeta {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.meta
+func (c *Container) ID() string {
+	id, _ := c.key()
+	return id
 }
 
-// ChangeMeta changes the metadata in memory; fn never changes id or name.
-func (c *Container) ChangeMeta(fn func(*ContainerMeta)) {
+// PodID is the id of its pod.
+func (c *Container) PodID() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	fn(&c.meta)
+	return c.meta.SandboxID
+}
+
+// Meta returns the metadata. The configuration of a container that has ended is
+// decoded at each call: who asks all containers for less asks for less.
+func (c *Container) Meta() ContainerMeta {
+	c.mu.Lock()
+	m, kept := c.meta, c.kept
+	c.mu.Unlock()
+	if kept != nil {
+		m.Config = &runtime.ContainerConfig{}
+		if err := proto.Unmarshal(kept, m.Config); err != nil {
+			panic(fmt.Sprintf("configuration of container %s, as it was encoded: %v", m.ID, err))
+		}
+	}
+	return m
 }
 
 // Facts returns what was set by SetFacts.
@@ -167,7 +187,19 @@ func (c *Container) Status() Status {
 }
 
 // Gone is closed when the container has finished.
-func (c *Container) Gone() <-chan struct{} { return c.gone }
+func (c *Container) Gone() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.st.FinishedAt != 0 {
+		ended := make(chan struct{})
+		close(ended)
+		return ended
+	}
+	if c.gone == nil {
+		c.gone = make(chan struct{})
+	}
+	return c.gone
+}
 
 // Change changes the status and stores it before anybody sees the new one. fn
 // gets a copy, does no I/O, and keeps the status as it is by an error, which is

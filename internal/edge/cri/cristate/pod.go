@@ -152,15 +152,16 @@ func decode(a typed.Any, url string, into any) error {
 	if a.URL != url {
 		return fmt.Errorf("metadata of type %q, want %q: %w", a.URL, url, errdefs.ErrInvalidArgument)
 	}
-	var v versioned
-	if err := json.Unmarshal(a.Value, &v); err != nil {
+	v := struct {
+		Version  string
+		Metadata any
+	}{Metadata: into}
+	err := json.Unmarshal(a.Value, &v)
+	switch {
+	case err == nil && v.Version == metadataVersion:
+		return nil
+	case err != nil && (v.Version == "" || v.Version == metadataVersion):
 		return fmt.Errorf("metadata %s: %v: %w", url, err, errdefs.ErrInvalidArgument)
 	}
-	if v.Version != metadataVersion {
-		return fmt.Errorf("metadata %s of version %q: %w", url, v.Version, errdefs.ErrInvalidArgument)
-	}
-	if err := json.Unmarshal(v.Metadata, into); err != nil {
-		return fmt.Errorf("metadata %s: %v: %w", url, err, errdefs.ErrInvalidArgument)
-	}
-	return nil
+	return fmt.Errorf("metadata %s of version %q: %w", url, v.Version, errdefs.ErrInvalidArgument)
 }
