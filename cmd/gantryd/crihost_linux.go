@@ -77,7 +77,7 @@ func (h *criHost) facts(ctx context.Context, rt cristate.Runtime) crispec.Host {
 			out.AppArmor, out.AppArmorLoaded, out.AppArmorMissing = crispec.AppArmorDefault, appArmorLoaded, err
 		}
 	}
-	out.OOMScoreAdj, out.OOMScoreLowerable = oomScore()
+	out.OOMScoreAdj, out.OOMScoreLowerable = oomScore(base.UserNS)
 	f := h.features(ctx, rt)
 	out.RecursiveReadOnly, out.IDMapMounts, out.UserNamespaces = f.RecursiveReadOnly, f.UserNamespaces, f.UserNamespaces
 	return out
@@ -184,8 +184,9 @@ func swapController(v2 bool) bool {
 	return err == nil && len(found) > 0
 }
 
-// oomScore is the daemon's own, and whether it may give lower ones.
-func oomScore() (score int, lowerable bool) {
+// oomScore is the daemon's own, and whether it may give lower ones: a capability
+// of a user namespace does not count.
+func oomScore(userNS bool) (score int, lowerable bool) {
 	b, err := os.ReadFile("/proc/self/oom_score_adj")
 	if err != nil {
 		return 0, false
@@ -199,5 +200,5 @@ func oomScore() (score int, lowerable bool) {
 	if err := unix.Capget(&header, &data[0]); err != nil {
 		return score, false
 	}
-	return score, data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+	return score, !userNS && data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
 }
