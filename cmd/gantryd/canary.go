@@ -84,7 +84,7 @@ func debugHTTP(name, address string, listen func() (net.Listener, error), c *can
 		return lifecycle.Component{Name: name}
 	}
 	var l net.Listener
-	srv := &http.Server{Handler: debughttp.Handler(c.Results, metrics), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
+	srv := &http.Server{Handler: debughttp.Handler(c.Results, metrics), ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute}
 	return lifecycle.Component{Name: name,
 		Start: func(context.Context) (err error) {
 			if l, err = listen(); err != nil {

@@ -24,10 +24,12 @@ type Check struct {
 // Result is the last word on one part.
 type Result struct {
 	Name string `json:"name"`
-	// Error is "" if it works.
+	// Error is "" if it works, else one line.
 	Error string        `json:"error,omitempty"`
 	Since time.Time     `json:"since"` // of this state
 	Took  time.Duration `json:"took"`  // nanoseconds
+
+	known bool // it was checked
 }
 
 // Canary runs checks. It is safe for concurrent use.
@@ -110,7 +112,7 @@ func (c *Canary) check(ctx context.Context, i int) {
 	p := &c.parts[i]
 	text := ""
 	if err != nil {
-		text = err.Error()
+		text = strings.ReplaceAll(err.Error(), "\n", "; ") // of errors that were joined
 	}
 	if (text == "") != (p.Error == "") {
 		p.Since = time.Now()
@@ -120,11 +122,11 @@ func (c *Canary) check(ctx context.Context, i int) {
 			c.log.Info("readiness regained", "part", p.Check.Name)
 		}
 	}
-	p.Error, p.Took, p.began = text, time.Since(began), time.Time{}
+	p.Error, p.Took, p.began, p.known = text, time.Since(began), time.Time{}, true
 }
 
 // Results are the last words on all parts. A part that has not come back after
-// its limit has failed.
+// its limit has failed, and one that was never checked is not known to work.
 func (c *Canary) Results() []Result {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -133,7 +135,9 @@ func (c *Canary) Results() []Result {
 		out[i] = p.Result
 		if over := time.Since(p.began); !p.began.IsZero() && over > c.limit+c.limit/2 {
 			out[i].Since, out[i].Took = p.began, over
-			out[i].Error = fmt.Sprintf("no answer for %s", over.Round(time.Second))
+			out[i].Error, out[i].known = fmt.Sprintf("no answer for %s", over.Round(time.Second)), true
+		} else if !p.known {
+			out[i].Error = "not checked yet"
 		}
 	}
 	return out
@@ -144,7 +148,7 @@ func (c *Canary) Results() []Result {
 func (c *Canary) Err(but ...string) error {
 	var failed []string
 	for _, r := range c.Results() {
-		if r.Error != "" && !slices.Contains(but, r.Name) {
+		if r.known && r.Error != "" && !slices.Contains(but, r.Name) {
 			failed = append(failed, r.Name+": "+r.Error)
 		}
 	}
