@@ -107,7 +107,8 @@ func (s *Service) Streams(id string) (Streams, error) {
 		out.Log = filepath.Join(s.stateDir(m.ID), ownLog)
 	}
 	if m.Config.GetStdin() {
-		out.Stdin = filepath.Join(s.stateDir(m.ID), fifoStdin)
+		paths, _ := s.fifos(m.ID)
+		out.Stdin = paths[fifoStdin]
 	}
 	return out, nil
 }
@@ -214,6 +215,31 @@ type copier struct {
 	close sync.Once
 }
 
+// fifos are the paths of a container's streams by name: ours, or those that
+// containerd has made if the container is of its time. left says that there are some.
+func (s *Service) fifos(id string) (paths map[string]string, left bool) {
+	dir := s.stateDir(id)
+	paths = map[string]string{fifoStdin: filepath.Join(dir, fifoStdin), fifoStdout: filepath.Join(dir, fifoStdout), fifoStderr: filepath.Join(dir, fifoStderr)}
+	if _, err := os.Lstat(paths[fifoStdout]); err == nil {
+		return paths, true
+	}
+	dirs, err := filepath.Glob(filepath.Join(dir, "io", "*"))
+	if err != nil {
+		return paths, false // an id is no pattern
+	}
+	for _, d := range dirs {
+		at := func(name string) string { return filepath.Join(d, id+"-"+name) }
+		if _, err := os.Lstat(at(fifoStdout)); err != nil {
+			continue
+		}
+		for name := range paths {
+			paths[name] = at(name)
+		}
+		return paths, true
+	}
+	return paths, false
+}
+
 // startCopy copies a container's FIFOs into its log, from where the last
 // copier stopped: what it had not read is in the FIFOs still.
 func (s *Service) startCopy(pod *cristate.Pod, c *cristate.Container) (err error) {
@@ -236,12 +262,13 @@ func (s *Service) startCopy(pod *cristate.Pod, c *cristate.Container) (err error
 		l.limit = ownLogSize
 	}
 	cp.log = l
+	paths, _ := s.fifos(c.ID())
 	names := []string{fifoStdout, fifoStderr}
 	if m.Config.GetTty() {
 		names = names[:1]
 	}
 	for _, name := range names {
-		path := filepath.Join(dir, name)
+		path := paths[name]
 		if err = mkfifo(path); err != nil {
 			return err
 		}
@@ -260,7 +287,7 @@ func (s *Service) startCopy(pod *cristate.Pod, c *cristate.Container) (err error
 	}
 	if m.Config.GetStdin() {
 		// A client that goes away does not end the container's input.
-		f, oerr := os.OpenFile(filepath.Join(dir, fifoStdin), unix.O_RDWR|unix.O_NONBLOCK, 0)
+		f, oerr := os.OpenFile(paths[fifoStdin], unix.O_RDWR|unix.O_NONBLOCK, 0)
 		if oerr != nil {
 			return oerr
 		}
