@@ -62,7 +62,8 @@ type try[R any] struct {
 
 	// Guarded by Group.mu.
 	waiting int
-	left    bool // the last caller cancelled
+	left    bool        // the last caller cancelled
+	linger  *time.Timer // runs since then
 }
 
 // ErrAbandoned is the cause of an attempt's end that nobody waits for.
@@ -95,7 +96,7 @@ func (g *Group[R]) Do(ctx context.Context, name string, fn func(context.Context,
 		defer g.mu.Unlock()
 		if t.waiting--; t.waiting == 0 && errors.Is(ctx.Err(), context.Canceled) {
 			t.left = true
-			time.AfterFunc(g.linger, func() {
+			t.linger = time.AfterFunc(g.linger, func() {
 				g.mu.Lock()
 				defer g.mu.Unlock()
 				if t.left {
@@ -115,6 +116,7 @@ func (g *Group[R]) join(ctx context.Context, name string, fn func(context.Contex
 		t.waiting++
 		if t.left {
 			t.left = false
+			t.linger.Stop()
 			select {
 			case t.back <- struct{}{}:
 			default:

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -127,6 +128,32 @@ func TestUnwanted(t *testing.T) {
 			t.Errorf("back %v: %d discarded", back, n)
 		}
 	}
+}
+
+// Who left last is waited for as long as who left first was.
+// promise: P5
+func TestLinger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := New(time.Hour, 10*time.Second, func(int) {})
+		begin, ended, attempts := time.Now(), time.Duration(0), 0
+		fn := func(ctx context.Context, _ *Stage) (int, error) {
+			attempts++
+			<-ctx.Done()
+			ended = time.Since(begin)
+			return 0, ctx.Err()
+		}
+		for range 3 {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(4*time.Second, cancel)
+			if _, err := g.Do(ctx, "a", fn); !errors.Is(err, context.Canceled) {
+				t.Errorf("%v", err)
+			}
+			time.Sleep(4 * time.Second)
+		}
+		if err := g.Wait(t.Context()); err != nil || attempts != 1 || ended != 30*time.Second {
+			t.Errorf("%d attempts, the last ended after %s: %v", attempts, ended, err)
+		}
+	})
 }
 
 // No attempt is without an end.
