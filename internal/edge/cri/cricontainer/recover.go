@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -136,13 +137,19 @@ func (s *Service) adopt(rec container.Container, ext typed.Any) error {
 	if meta.ID != string(rec.ID) {
 		return fmt.Errorf("its metadata is that of %.80q: %w", meta.ID, errdefs.ErrInvalidArgument)
 	}
-	spec, err := decodeSpec(rec)
-	if err != nil {
-		return err
+	var spec struct { // what is wanted of it: a node may have tens of thousands
+		Process *struct{ User specs.User }
+	}
+	if err := json.Unmarshal(rec.Spec.Value, &spec); err != nil {
+		return fmt.Errorf("its specification: %v: %w", err, errdefs.ErrInvalidArgument)
 	}
 	dir := s.dir(meta.ID)
 	st, err := cristate.ReadStatus(dir)
 	if err != nil {
+		spec, serr := decodeSpec(rec)
+		if serr != nil {
+			return serr
+		}
 		// The file is not synced: it is lost with all processes of the host.
 		s.Log.Warn("status of a container", "container", meta.ID, "error", err)
 		st = cristate.Status{CreatedAt: rec.CreatedAt.UnixNano(), StartedAt: rec.CreatedAt.UnixNano(),
@@ -152,7 +159,11 @@ func (s *Service) adopt(rec container.Container, ext typed.Any) error {
 		}
 	}
 	c := cristate.NewContainer(meta, st, dir)
-	c.SetFacts(facts(spec, rec.Snapshotter, rec.SnapshotKey))
+	f := cristate.Facts{Snapshotter: rec.Snapshotter, SnapshotKey: rec.SnapshotKey}
+	if p := spec.Process; p != nil {
+		f.User = s.userOf(p.User)
+	}
+	c.SetFacts(f)
 	if err := s.Containers.Add(c); err != nil {
 		return err
 	}
