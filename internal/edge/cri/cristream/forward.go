@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -19,8 +20,8 @@ import (
 
 const (
 	dialWithin = 10 * time.Second
-	// closeGrace is how long a client's data is still taken after the program
-	// in the pod has closed its side.
+	// closeGrace is how long more data of a client is waited for after the
+	// program in the pod has closed its side.
 	closeGrace = time.Second
 )
 
@@ -54,8 +55,9 @@ func (s *Service) PortForward(ctx context.Context, podID string, port int32, str
 	})
 	defer stop()
 	up := make(chan error, 1)
+	sent := &tally{w: conn}
 	go func() {
-		_, err := io.Copy(conn, stream)
+		_, err := io.Copy(sent, stream)
 		conn.CloseWrite()
 		up <- err
 	}()
@@ -64,10 +66,15 @@ func (s *Service) PortForward(ctx context.Context, podID string, port int32, str
 		w.CloseWrite()
 	}
 	var upErr error
-	select {
-	case upErr = <-up:
-	case <-ctx.Done():
-	case <-time.After(closeGrace):
+	for before := int64(-1); before != sent.n.Load(); {
+		before = sent.n.Load()
+		select {
+		case upErr = <-up:
+		case <-ctx.Done():
+		case <-time.After(closeGrace):
+			continue
+		}
+		break
 	}
 	if ctx.Err() != nil {
 		return nil // the client has gone, nobody wants to know
@@ -79,6 +86,18 @@ func (s *Service) PortForward(ctx context.Context, podID string, port int32, str
 		return fmt.Errorf("forward port %d of pod sandbox %s: %w", port, p.ID, err)
 	}
 	return nil
+}
+
+// tally counts what is written.
+type tally struct {
+	w io.Writer
+	n atomic.Int64
+}
+
+func (t *tally) Write(p []byte) (int, error) {
+	n, err := t.w.Write(p)
+	t.n.Add(int64(n))
+	return n, err
 }
 
 // dial connects from inside a network namespace, the own one if path is "".

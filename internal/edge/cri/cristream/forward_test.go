@@ -24,6 +24,7 @@ import (
 	"k8s.io/streaming/pkg/httpstream/spdy"
 
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
+	"github.com/gantryd/gantry/internal/lib/ownthread"
 )
 
 // podNet makes a network namespace with its loopback up and an echo server
@@ -37,22 +38,24 @@ func podNet(t *testing.T, addresses ...string) (path string, ports []int32) {
 	var listeners []net.Listener
 	go func() {
 		defer close(ended)
-		goruntime.LockOSThread() // and never unlocked: the thread ends here
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = loopbackUp()
-		}
-		for _, a := range addresses {
+		_ = ownthread.Do(func() error {
+			err := unix.Unshare(unix.CLONE_NEWNET)
 			if err == nil {
-				var l net.Listener
-				if l, err = net.Listen("tcp", a); err == nil {
-					listeners = append(listeners, l)
+				err = loopbackUp()
+			}
+			for _, a := range addresses {
+				if err == nil {
+					var l net.Listener
+					if l, err = net.Listen("tcp", a); err == nil {
+						listeners = append(listeners, l)
+					}
 				}
 			}
-		}
-		path = fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid())
-		ready <- err
-		<-end
+			path = fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid())
+			ready <- err
+			<-end
+			return nil
+		})
 	}()
 	t.Cleanup(func() { close(end); <-ended })
 	if err := <-ready; err != nil {
@@ -238,28 +241,27 @@ func TestPortForward(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	// No thread stays in the pod's namespace.
-	threads, err := os.ReadDir("/proc/self/task")
-	if err != nil {
-		t.Fatal(err)
-	}
 	inside, err := os.Readlink(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := 0
-	for _, th := range threads {
-		ns, err := os.Readlink("/proc/self/task/" + th.Name() + "/ns/net")
-		if err == nil && ns == inside {
-			n++
+	until(t, "the only thread in the pod's namespace is the test's, and none is in another", func() bool {
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
 		}
-		if err == nil && ns != inside && ns != own {
-			t.Errorf("a thread is in %s", ns)
+		n := 0
+		for _, th := range threads {
+			// A thread that has ended since has none.
+			switch ns, err := os.Readlink("/proc/self/task/" + th.Name() + "/ns/net"); {
+			case err == nil && ns == inside:
+				n++
+			case err == nil && ns != own:
+				return false
+			}
 		}
-	}
-	if n != 1 {
-		t.Errorf("%d threads are in the pod's network namespace, 1 is the test's", n)
-	}
+		return n == 1
+	})
 }
 
 // contract: 7.4.1
@@ -332,6 +334,55 @@ func TestTokens(t *testing.T) {
 	}
 	if _, ok := x.redeem(token); ok {
 		t.Error("it is good twice")
+	}
+}
+
+// caller is a client's stream: what it sends comes from a pipe.
+type caller struct {
+	io.Reader
+	io.Writer
+	io.Closer
+}
+
+// A program that has nothing more to say may still listen.
+//
+// contract: 7.1.19
+func TestForwardHalfClosed(t *testing.T) {
+	r := bare(t, cristate.DefaultServerConfig())
+	r.pods["pod"] = Pod{ID: "pod"}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	heard := make(chan string, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			heard <- err.Error()
+			return
+		}
+		defer c.Close()
+		c.(*net.TCPConn).CloseWrite()
+		b, _ := io.ReadAll(io.LimitReader(c, 1<<20))
+		heard <- string(b)
+	}()
+	const pieces = 25
+	pr, pw := io.Pipe()
+	go func() {
+		defer pw.Close()
+		for range pieces { // longer than the grace in all, each in time
+			if _, err := io.WriteString(pw, "piece "); err != nil {
+				return
+			}
+			time.Sleep(closeGrace / 10)
+		}
+	}()
+	if err := r.s.PortForward(t.Context(), "pod", int32(l.Addr().(*net.TCPAddr).Port), caller{pr, io.Discard, pr}); err != nil {
+		t.Error(err)
+	}
+	if got, want := <-heard, strings.Repeat("piece ", pieces); got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 
