@@ -606,18 +606,18 @@ func (l *link) stop(ctx context.Context, k key) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.m.limit.Shutdown)
 	defer cancel()
-	l.mu.Lock()
-	c := l.conn
-	l.mu.Unlock()
-	if c == nil {
+	c, err := l.get(ctx) // a connection that broke is being made again
+	if errors.Is(err, errShimDead) {
 		return
 	}
-	err := l.once(ctx, c, k.ns, "Shutdown", &taskapi.ShutdownRequest{ID: string(k.id)}, empty())
-	if err == nil || isClosed(c, err) {
-		select {
-		case <-c.closed():
-		case <-ctx.Done():
-			err = ctx.Err()
+	if err == nil {
+		err = l.once(ctx, c, k.ns, "Shutdown", &taskapi.ShutdownRequest{ID: string(k.id)}, empty())
+		if err == nil || isClosed(c, err) {
+			select {
+			case <-c.closed():
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
 		}
 	}
 	if !l.awaitEnd(ctx) {

@@ -496,7 +496,7 @@ func (s *store) DeleteExec(ctx context.Context, id container.ID, exec task.ExecI
 	var r taskapi.DeleteResponse
 	err = t.call(ctx, "Delete", s.callBound(), &taskapi.DeleteRequest{ID: string(id), ExecID: string(exec)}, &r)
 	if err != nil {
-		return task.Exit{}, s.refused(ctx, t, exec, err, task.StatusRunning)
+		return task.Exit{}, s.refused(ctx, t, exec, err, task.StatusRunning, task.StatusPaused)
 	}
 	t.forgetExec(string(exec), r.Pid != 0)
 	return task.Exit{ID: string(exec), Pid: r.Pid, Status: r.ExitStatus, At: wire.TimeFromProto(r.ExitedAt)}, nil
