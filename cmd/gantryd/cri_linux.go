@@ -179,7 +179,7 @@ func openCRI(ctx context.Context, host *plugin.Host, d criDeps, log *slog.Logger
 	podImages := podImages{images}
 	controllerDeps := cripod.ControllerDeps{Views: d.views, Namespace: cristate.Namespace, Config: config, Dirs: dirs, Images: podImages, Log: log,
 		Spec: func(ctx context.Context, in cripod.SpecInput) (*specs.Spec, error) {
-			return pauseSpec(ctx, config, look, bases, in, log)
+			return pauseSpec(ctx, config, look, in, log)
 		}}
 	pause := cripod.NewPodSandbox(controllerDeps)
 	d.controllers.own[cristate.SandboxerPodSandbox] = pause
@@ -370,7 +370,7 @@ func baseSpecs(c cristate.RuntimeConfig) (map[string]*specs.Spec, error) {
 }
 
 // pauseSpec is the specification of a pod's own container.
-func pauseSpec(ctx context.Context, config cristate.RuntimeConfig, look *criHost, bases map[string]*specs.Spec, in cripod.SpecInput, log *slog.Logger) (*specs.Spec, error) {
+func pauseSpec(ctx context.Context, config cristate.RuntimeConfig, look *criHost, in cripod.SpecInput, log *slog.Logger) (*specs.Spec, error) {
 	host := look.facts(ctx, in.Runtime)
 	var err error
 	if in.Image == nil {
@@ -379,7 +379,7 @@ func pauseSpec(ctx context.Context, config cristate.RuntimeConfig, look *criHost
 		return &specs.Spec{Version: specs.Version, Linux: &specs.Linux{Sysctl: sysctls}}, err
 	}
 	s := crispec.SandboxInput{ID: in.Meta.ID, Config: in.Meta.Config, Runtime: in.Runtime, RuntimeConfig: config, Host: host, NetNSPath: in.Meta.NetNSPath,
-		UserNSPath: in.UserNSPath, Base: bases[in.Runtime.BaseRuntimeSpec], ProcessLabel: in.Meta.ProcessLabel, MountLabel: in.MountLabel, Dir: in.Dir, Shm: in.Shm, Log: log}
+		UserNSPath: in.UserNSPath, ProcessLabel: in.Meta.ProcessLabel, MountLabel: in.MountLabel, Dir: in.Dir, Shm: in.Shm, Log: log}
 	s.Image, s.ImageName = in.Image.Config, in.Image.Name
 	if s.User, err = crispec.ResolveUser(crispec.SandboxIdentity(in.Meta.Config, s.Image.User), nil); err != nil {
 		return nil, err

@@ -6,13 +6,18 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/gantryd/gantry/client"
+	"github.com/gantryd/gantry/oci"
 	"github.com/gantryd/gantry/test/critest"
 )
 
@@ -160,8 +165,26 @@ func TestCDI(t *testing.T) {
 
 // What an administrator has changed of the defaults.
 //
-// contract: 7.3.4, 7.3.12, 7.3.13, 7.3.15
+// contract: 7.3.1, 7.3.4, 7.3.12, 7.3.13, 7.3.15
 func TestRuntimeOptions(t *testing.T) {
+	// A specification as `ctr oci spec` prints it, changed: it is for
+	// containers, whose own settings are put over it, and not for pods.
+	facts, err := client.HostFacts(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	base, err := oci.Generate(facts, "x", "x", ocispec.ImageConfig{Cmd: []string{"none"}, Env: []string{"ADMIN=1", "BOTH=admin"}},
+		oci.WithRlimit("NOFILE", 777, 888), oci.WithCapabilities(nil, []string{"MKNOD"}), oci.WithReadonlyRoot(), oci.WithAnnotations(map[string]string{"admin": "yes"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	base.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat >> " + dir + "/hooked; echo >> " + dir + "/hooked"}}}}
+	data, err := json.Marshal(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, dir+"/base.json", string(data))
 	n := critest.Run(t, binDir, `
   device_ownership_from_security_context = true
   restrict_oom_score_adj = true
@@ -171,7 +194,28 @@ func TestRuntimeOptions(t *testing.T) {
   enable_unprivileged_ports = false
   enable_unprivileged_icmp = false
   disable_proc_mount = true
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.based]
+    runtime_type = 'io.containerd.runc.v2'
+    base_runtime_spec = '`+dir+`/base.json'
 `)
+	t.Run("based", func(t *testing.T) {
+		p := n.Pod(t, "based")
+		c := p.Run("echo $ADMIN $BOTH; ulimit -n; touch /x 2>/dev/null || echo closed; sleep 600", func(c *runtime.ContainerConfig) {
+			c.Envs = []*runtime.KeyValue{{Key: "BOTH", Value: []byte("mine")}}
+		})
+		critest.Eventually(t, "output", func() bool { return strings.Count(c.Log(), "\n") >= 3 })
+		if out := c.Log(); out != "1 mine\n777\nclosed\n" {
+			t.Errorf("%q", out)
+		}
+		s := specOf(t, c)
+		if s.Annotations["admin"] != "yes" || slices.Contains(s.Process.Capabilities.Bounding, "CAP_MKNOD") || s.Process.NoNewPrivileges {
+			t.Errorf("%v %v", s.Annotations, s.Process)
+		}
+		hooked, err := os.ReadFile(dir + "/hooked")
+		if err != nil || strings.Count(string(hooked), "\n") != 1 || !strings.Contains(string(hooked), c.ID) {
+			t.Errorf("the hook was run for %s: %v", hooked, err)
+		}
+	})
 	host := hostDevice(t)
 	for _, handler := range n.Handlers {
 		t.Run(handler, func(t *testing.T) {

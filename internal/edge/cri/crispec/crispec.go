@@ -75,9 +75,7 @@ type SandboxInput struct {
 	NetNSPath string
 	// UserNSPath is that which owns the network namespace, "" makes one if the
 	// pod asks for it.
-	UserNSPath string
-	// Base is the runtime's base_runtime_spec, nil if it has none. It is not changed.
-	Base                     *specs.Spec
+	UserNSPath               string
 	ProcessLabel, MountLabel string
 	// Seccomp is the parsed profile if the configuration names one of the host's.
 	Seccomp *specs.LinuxSeccomp
@@ -146,9 +144,10 @@ const pauseShares = 2
 
 func nop() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
-// Sandbox makes the specification of a pod's pause container. ErrInvalidArgument
-// for what cannot be, ErrFailedPrecondition for what this host does not have.
-// Contract 7.3.2, 7.3.3, 7.3.18, 7.3.28.
+// Sandbox makes the specification of a pod's pause container, which knows no
+// base_runtime_spec: that is for containers. ErrInvalidArgument for what cannot
+// be, ErrFailedPrecondition for what this host does not have. Contract 7.3.2,
+// 7.3.3, 7.3.18, 7.3.28.
 func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	in.Log = cmp.Or(in.Log, nop())
 	linux := in.Config.GetLinux()
@@ -157,7 +156,7 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("specification of pod sandbox %s: %w", in.ID, err)
 	}
-	opts := base(in.Base)
+	opts := base(nil)
 	add := func(o ...oci.Option) { opts = append(opts, o...) }
 	add(oci.WithReadonlyRoot(), oci.WithResolvedUser(in.User), oci.WithSELinux(in.ProcessLabel, in.MountLabel))
 	if sc.GetPrivileged() {
@@ -204,7 +203,7 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("specification of pod sandbox %s: %w", in.ID, err)
 	}
-	seccomp, err := seccompOf(profiles{sc.GetSeccomp(), sc.GetSeccompProfilePath(), sc.GetPrivileged(), in.Base != nil}, in.RuntimeConfig, in.Host, in.Seccomp)
+	seccomp, err := seccompOf(profiles{sc.GetSeccomp(), sc.GetSeccompProfilePath(), sc.GetPrivileged(), false}, in.RuntimeConfig, in.Host, in.Seccomp)
 	if err != nil {
 		return nil, fmt.Errorf("specification of pod sandbox %s: %w", in.ID, err)
 	}
@@ -222,7 +221,7 @@ func Sandbox(in SandboxInput) (*specs.Spec, error) {
 	}
 	add(oci.WithCgroupsPath(cgroup), oci.WithOOMScoreAdj(clampOOM(defaultSandboxOOM, in.RuntimeConfig, in.Host)),
 		oci.WithAnnotations(sandboxAnnotations(in)))
-	return generate(in.Host, in.ID, in.Image, in.Base, opts)
+	return generate(in.Host, in.ID, in.Image, opts)
 }
 
 // Container makes the specification of a container. ErrInvalidArgument for what
@@ -290,7 +289,7 @@ func (in ContainerInput) spec() (*specs.Spec, error) {
 		return nil, err
 	}
 	opts = append(opts, cdi...) // last: it changes what is finished
-	return generate(in.Host, in.ID, img, in.Base, opts)
+	return generate(in.Host, in.ID, img, opts)
 }
 
 // base begins with the administrator's specification, if there is one.
@@ -303,7 +302,7 @@ func base(s *specs.Spec) []oci.Option {
 	return []oci.Option{oci.WithBase(s), oci.WithoutMounts("/run")}
 }
 
-func generate(h Host, id string, img ocispec.ImageConfig, base *specs.Spec, opts []oci.Option) (*specs.Spec, error) {
+func generate(h Host, id string, img ocispec.ImageConfig, opts []oci.Option) (*specs.Spec, error) {
 	facts := h.HostFacts
 	facts.AppArmor, facts.Hosts, facts.ResolvConf, facts.Devices = "", "", "", nil // decided here
 	return oci.Generate(facts, id, string(cristate.Namespace), img, opts...)
