@@ -181,22 +181,31 @@ type cutStart struct {
 	succeeded bool          // valid once known
 }
 
-// resumed waits until it is known whether the last daemon started a container,
-// and says so to the first who asks: its task must not be made a second time,
-// nor be taken for lost by the comparison under way.
-func (s *Service) resumed(ctx context.Context, id string) (bool, error) {
+// settled waits until it is known whether the last daemon started a container,
+// whose task must neither be made a second time nor be left running meanwhile.
+// It returns nil if that was never in doubt.
+func (s *Service) settled(ctx context.Context, what, id string) (*cutStart, error) {
 	s.mu.Lock()
 	cut := s.cut[id]
 	s.mu.Unlock()
 	if cut == nil {
-		return false, nil
+		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.Limits.Start)
 	defer cancel()
 	select {
 	case <-cut.known:
+		return cut, nil
 	case <-ctx.Done():
-		return false, fmt.Errorf("start container %s (learn whether the last daemon started it): %w", id, ctx.Err())
+		return nil, fmt.Errorf("%s container %s (learn whether the last daemon started it): %w", what, id, ctx.Err())
+	}
+}
+
+// resumed says to the first who starts a container whether the last daemon has.
+func (s *Service) resumed(ctx context.Context, id string) (bool, error) {
+	cut, err := s.settled(ctx, "start", id)
+	if cut == nil {
+		return false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -323,8 +332,8 @@ func (s *Service) compare(ctx context.Context, c *cristate.Container, p task.Pro
 	}
 	defer unlock()
 	st := c.Status()
-	if st.FinishedAt != 0 || st.Starting {
-		return
+	if now, err := s.Containers.Get(c.ID()); err != nil || now != c || st.FinishedAt != 0 || st.Starting {
+		return // a client was faster
 	}
 	created := st.StartedAt == 0
 	switch {
@@ -355,13 +364,9 @@ func (s *Service) compare(ctx context.Context, c *cristate.Container, p task.Pro
 	}
 	if created {
 		s.notify(runtime.ContainerEventType_CONTAINER_STARTED_EVENT, c)
-		// An exit that was told before now was taken for that of a start that failed.
-		if now, err := s.tasks().Get(ctx, container.ID(c.ID()), ""); err == nil {
-			p = now
-		}
 	}
 	if p.Status == task.StatusStopped {
-		s.exited(ctx, c, task.Exit{ID: p.ID, Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
+		s.end(ctx, c, task.Exit{ID: p.ID, Pid: p.Pid, Status: p.ExitStatus, At: p.ExitedAt})
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 	"github.com/gantryd/gantry/core/container"
 	"github.com/gantryd/gantry/core/event"
+	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 )
 
@@ -275,6 +277,103 @@ func TestRecoverWithoutStatus(t *testing.T) {
 	}
 	if err := n.s.Remove(t.Context(), id); err != nil {
 		t.Fatal(err)
+	}
+	n.nothingLeft()
+}
+
+// cutOff is a node whose daemon was killed when it had started a container and
+// before it noted that, and whose next one is asking the shim how it is: it gets
+// its answer, which is of now, when answer is closed.
+func cutOff(t *testing.T) (n *node, id string, answer chan struct{}) {
+	n = newNode(t, ocispec.ImageConfig{}, nil)
+	reached, asked := make(chan struct{}), make(chan struct{})
+	n.tasks.started = func() { close(reached); select {} }
+	n.boot()
+	id = n.create(app("a"))
+	go n.s.Start(t.Context(), id) // never returns
+	<-reached
+	n.tasks.hook(func() { n.tasks.started = nil })
+	answer = make(chan struct{})
+	n.src.TaskStore = &slowShim{tasks: n.tasks, asked: asked, answer: answer}
+	n.boot()
+	<-asked
+	return n, id, answer
+}
+
+// slowShim is a shim whose first answer takes time.
+type slowShim struct {
+	*tasks
+	once          sync.Once
+	asked, answer chan struct{}
+}
+
+func (l *slowShim) Get(ctx context.Context, id container.ID, exec task.ExecID) (task.Process, error) {
+	p, err := l.tasks.Get(ctx, id, exec)
+	l.once.Do(func() { close(l.asked); <-l.answer })
+	return p, err
+}
+
+// A container that may have been started by the last daemon is not said to be
+// stopped before that is known: it would run on.
+// contract: 7.3.30, 7.1.13
+// promise: P11
+func TestStopBeforeRecovered(t *testing.T) {
+	n, id, answer := cutOff(t)
+	few, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := n.s.Stop(few, id, 0); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "last daemon") {
+		t.Errorf("%v", err)
+	}
+	close(answer)
+	if err := n.s.Stop(t.Context(), id, 0); err != nil {
+		t.Error(err)
+	}
+	if st := n.get(id).Status(); st.State() != runtime.ContainerState_CONTAINER_EXITED || st.ExitCode != 137 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// The end of such a container is not lost when it is told before it is known
+// that it was started, and by a shim that is no more when it is asked again.
+// contract: 7.3.30, 7.1.15
+func TestEndBeforeRecovered(t *testing.T) {
+	n, id, answer := cutOff(t)
+	other := n.run(app("b"))
+	if err := n.tasks.End(container.ID(id), "", 9); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.tasks.Delete(t.Context(), container.ID(id)); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.tasks.End(container.ID(other), "", 1); err != nil {
+		t.Fatal(err)
+	}
+	n.ended(other) // as it is told later, both were heard
+	close(answer)
+	if st := n.ended(id); st.ExitCode != 9 || st.Reason != "Error" {
+		t.Errorf("%+v", st)
+	}
+}
+
+// What is removed meanwhile stays so, and nobody hears that it has started.
+// contract: 7.3.30, 7.1.22
+func TestRemoveBeforeRecovered(t *testing.T) {
+	n, id, answer := cutOff(t)
+	if err := n.s.Remove(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	n.s.mu.Lock()
+	cut := n.s.cut[id]
+	n.s.mu.Unlock()
+	close(answer)
+	<-cut.known
+	n.s.Notifier.Notify(runtime.ContainerEventType_CONTAINER_DELETED_EVENT, "end", n.podID)
+	sub := n.events.Subscribe()
+	defer sub.Close()
+	for _, want := range []string{id, "end"} {
+		if e, err := sub.Next(t.Context()); err != nil || e.ContainerId != want || e.ContainerEventType != runtime.ContainerEventType_CONTAINER_DELETED_EVENT {
+			t.Errorf("%v %v, want the removal of %s", e, err, want)
+		}
 	}
 	n.nothingLeft()
 }

@@ -198,9 +198,11 @@ const flush = time.Second
 // exited settles a container's end, once. It does not take the container's
 // lock: a Stop that waits for the end may come before and after it.
 func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit) {
-	id := c.ID()
 	s.mu.Lock()
-	over := s.starting[id]
+	over := s.starting[c.ID()]
+	if cut := s.cut[c.ID()]; cut != nil {
+		over = cut.known // what was begun by the last daemon
+	}
 	s.mu.Unlock()
 	if over != nil {
 		select {
@@ -209,6 +211,12 @@ func (s *Service) exited(ctx context.Context, c *cristate.Container, x task.Exit
 			return
 		}
 	}
+	s.end(ctx, c, x)
+}
+
+// end is exited when no start is under way.
+func (s *Service) end(ctx context.Context, c *cristate.Container, x task.Exit) {
+	id := c.ID()
 	st := c.Status()
 	if st.FinishedAt != 0 || st.StartedAt == 0 {
 		return // known, or that of a task that was taken back

@@ -31,6 +31,9 @@ func (s *Service) Stop(ctx context.Context, id string, grace time.Duration) erro
 	if err != nil {
 		return fmt.Errorf("stop: %w", err)
 	}
+	if _, err := s.settled(ctx, "stop", c.ID()); err != nil {
+		return err
+	}
 	unlock, err := s.Containers.Lock(ctx, c.ID())
 	if err != nil {
 		return fmt.Errorf("stop: %w", err)
