@@ -124,10 +124,7 @@ func attachments(c *gocni.ConfigResult) ([]attachment, error) {
 // ErrUnavailable: there is no configuration; or what a plugin says that knows
 // the command STATUS. It takes five seconds at most. Contract 7.1.2.
 func (n *Network) Status(ctx context.Context, handler string) error {
-	c := n.conf(handler)
-	n.mu.Lock()
-	networks, err := c.networks, c.err
-	n.mu.Unlock()
+	networks, err := n.networks(handler)
 	if err != nil {
 		return err
 	}

@@ -35,10 +35,11 @@ type intent struct {
 	ID        string                     `json:"id"`
 	Name      string                     `json:"name"`
 	Namespace string                     `json:"namespace"`
+	Handler   string                     `json:"handler,omitempty"`
 	NetNS     string                     `json:"netns"`
 	Args      [][2]string                `json:"args"`
 	Caps      map[string]json.RawMessage `json:"capabilities"`
-	Networks  []attachment               `json:"networks"`
+	Networks  []attachment               `json:"networks"` // none: those of then
 }
 
 // attachment is one interface and the list of plugins that make it.

@@ -108,9 +108,13 @@ func clean(dir string) string {
 // 7.3.21, 7.3.22.
 func (n *Network) Setup(ctx context.Context, p Pod) (res Result, err error) {
 	defer func(start time.Time) { n.counters.done(opSetup, start, err) }(time.Now())
-	in, err := n.intent(p)
+	networks, err := n.networks(p.Handler)
+	in, ierr := intentOf(p, networks)
+	if ierr != nil {
+		return Result{}, ierr
+	}
 	if err != nil {
-		return Result{}, err
+		return Result{}, fmt.Errorf("%s: %w", in, err)
 	}
 	unlock, err := n.lock(ctx, in)
 	if err != nil {
@@ -148,17 +152,12 @@ func (n *Network) Setup(ctx context.Context, p Pod) (res Result, err error) {
 	return res, n.move(n.held(in.ID), stateAdded)
 }
 
-// intent makes the intent of a pod, with the configuration as it is now.
-func (n *Network) intent(p Pod) (*intent, error) {
-	c := n.conf(p.Handler)
+// networks are those that the configuration of a runtime handler has now.
+func (n *Network) networks(handler string) ([]attachment, error) {
+	c := n.conf(handler)
 	n.mu.Lock()
-	networks, err := c.networks, c.err
-	n.mu.Unlock()
-	in, ierr := intentOf(p, networks)
-	if err != nil {
-		err = fmt.Errorf("%s: %w", in, err)
-	}
-	return in, errors.Join(ierr, err)
+	defer n.mu.Unlock()
+	return c.networks, c.err
 }
 
 // keep stores a new intent.
@@ -176,12 +175,14 @@ func (n *Network) keep(in *intent) error {
 }
 
 // Adopt remembers the network of a pod that somebody else has set up, so that
-// Teardown deletes it. It is no error if it is known.
+// Teardown deletes it, by the configuration that there is, or will be. It is no
+// error if it is known.
 func (n *Network) Adopt(ctx context.Context, p Pod) error {
 	if n.held(p.ID) != nil {
 		return nil
 	}
-	in, err := n.intent(p)
+	networks, _ := n.networks(p.Handler) // without, Teardown looks again
+	in, err := intentOf(p, networks)
 	if err != nil {
 		return err
 	}
@@ -304,7 +305,13 @@ func (n *Network) teardown(ctx context.Context, h *held) (err error) {
 	ctx, cancel := n.limit(ctx)
 	defer cancel()
 	var errs []error
-	for _, a := range slices.Backward(h.Networks) { // one that fails does not keep the others
+	networks := h.Networks
+	if len(networks) == 0 { // it was adopted
+		if networks, err = n.networks(h.Handler); err != nil {
+			errs = append(errs, fmt.Errorf("%s: delete its network: %w", &h.intent, err))
+		}
+	}
+	for _, a := range slices.Backward(networks) { // one that fails does not keep the others
 		list, err := libcni.ConfListFromBytes(a.Conf)
 		if err == nil {
 			err = n.lib.DelNetworkList(ctx, list, h.runtimeConf(a.IfName, true))

@@ -788,3 +788,39 @@ func TestConfigurationAnywhere(t *testing.T) {
 		})
 	}
 }
+
+// A pod of another program is not forgotten because there is no configuration
+// when it is found: its network is deleted by that which comes.
+//
+// promise: P22
+func TestAdoptWithoutConfiguration(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.Config.UseInternalLoopback = true })
+	own := l.root + "/own"
+	l.o.PerRuntime = map[string]HandlerConfig{"kata": {ConfDir: own}}
+	l.plugin("f", "g")
+	l.open()
+	p, q := l.pod("common"), l.pod("katas")
+	q.Handler = "kata"
+	l.must(l.n.Adopt(t.Context(), p), l.n.Adopt(t.Context(), q))
+	for range 2 {
+		for _, id := range []string{p.ID, q.ID} {
+			if err := l.n.Teardown(t.Context(), id); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "test/name-"+id) {
+				t.Errorf("%s: %v", id, err)
+			}
+		}
+		l.open()
+	}
+	l.list(l.conf, "10.conflist", "n", "f")
+	l.list(own, "10.conflist", "n", "g")
+	l.until(10*time.Second, "deletion", func() bool { return l.gone(p.ID)() && l.gone(q.ID)() })
+	for name, id := range map[string]string{"f": p.ID, "g": q.ID} {
+		if calls := l.calls(name); len(calls) != 1 || calls[0].command != "DEL" || calls[0].id != id {
+			t.Errorf("%s: %+v", name, calls)
+		}
+	}
+	// Arguments that no plugin can be given are still refused.
+	p.Name = "x;y"
+	if err := l.n.Adopt(t.Context(), p); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("%v", err)
+	}
+}

@@ -19,7 +19,7 @@ const capPodAnnotations = "io.kubernetes.cri.pod-annotations"
 
 // intentOf makes of a pod what its plugins will be told. ErrInvalidArgument.
 func intentOf(p Pod, networks []attachment) (*intent, error) {
-	in := &intent{ID: p.ID, Name: p.Name, Namespace: p.Namespace, NetNS: p.NetNS, Networks: networks, Caps: map[string]json.RawMessage{},
+	in := &intent{ID: p.ID, Name: p.Name, Namespace: p.Namespace, Handler: p.Handler, NetNS: p.NetNS, Networks: networks, Caps: map[string]json.RawMessage{},
 		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", p.Namespace}, {"K8S_POD_NAME", p.Name}, {"K8S_POD_INFRA_CONTAINER_ID", p.ID}, {"K8S_POD_UID", p.UID}}}
 	for _, kv := range in.Args {
 		if strings.ContainsAny(kv[1], ";\n\x00") {

@@ -205,7 +205,7 @@ func (s *Service) adopt(ctx context.Context, p *cristate.Pod, limit time.Duratio
 	delete(s.unknown, m.ID)
 	s.mu.Unlock()
 	ready := st.State == sandbox.StateReady
-	if ready && m.NetNSPath != "" {
+	if m.NetNSPath != "" && (ready || nspin.Pinned(m.NetNSPath)) { // one that has ended may not be disconnected yet
 		if err := s.Network.Adopt(ctx, NetworkOf(m)); err != nil {
 			s.Log.Warn("network of a pod", "pod", m.ID, "err", err)
 		}
