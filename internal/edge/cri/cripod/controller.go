@@ -364,6 +364,7 @@ func (c *PodSandbox) Wait(ctx context.Context, id string) (sandbox.Exit, error) 
 	c.mu.Lock()
 	started := l.started
 	c.mu.Unlock()
+	failed := make(chan error, 1)
 	if started {
 		wait, cancel := context.WithCancel(ctx)
 		defer cancel()
@@ -374,11 +375,15 @@ func (c *PodSandbox) Wait(ctx context.Context, id string) (sandbox.Exit, error) 
 				c.finish(l, sandbox.Exit{Status: exit.Status, At: exit.At})
 			case errdefs.IsNotFound(err): // its end was not seen, or Stop sees it
 				c.finish(l, sandbox.Exit{Status: cristate.ExitUnknown, At: time.Now()})
+			default:
+				failed <- err
 			}
 		}()
 	}
 	select {
 	case <-l.ended:
+	case err := <-failed:
+		return sandbox.Exit{}, fmt.Errorf("wait for pod sandbox %s: %w", id, err)
 	case <-ctx.Done():
 		return sandbox.Exit{}, fmt.Errorf("wait for pod sandbox %s: %w", id, ctx.Err())
 	}

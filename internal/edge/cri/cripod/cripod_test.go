@@ -16,9 +16,11 @@ import (
 
 	"github.com/gantryd/gantry/core/container"
 	"github.com/gantryd/gantry/core/sandbox"
+	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/view"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/edge/metrics/metricstest"
+	"github.com/gantryd/gantry/internal/edge/wire/wiretest"
 	"github.com/gantryd/gantry/internal/lib/attempt"
 	"github.com/gantryd/gantry/internal/lib/fault"
 	"github.com/gantryd/gantry/internal/lib/nspin"
@@ -97,7 +99,7 @@ func TestLife(t *testing.T) {
 			check(t, s.Stop(ctx, id))
 			check(t, s.Stop(ctx, "nobody"))
 			w.clean()
-			if c := w.containers.told; !slices.Equal(c, []string{"stop " + id, "stop " + id, "stop " + id, "remove " + id, "remove " + id}) {
+			if c := w.containers.told; !slices.Equal(c, []string{"stop " + id, "stop " + id, "stop " + id, "stop " + id, "remove " + id, "remove " + id}) {
 				t.Errorf("containers were told %v", c)
 			}
 			for _, kind := range []runtime.ContainerEventType{runtime.ContainerEventType_CONTAINER_CREATED_EVENT, runtime.ContainerEventType_CONTAINER_STARTED_EVENT,
@@ -298,6 +300,58 @@ func TestCancelled(t *testing.T) {
 	}
 }
 
+// starting is containers one of which is started when the others have been stopped.
+type starting struct {
+	*fakeContainers
+	started bool
+}
+
+func (c *starting) StopAll(ctx context.Context, id string) error {
+	c.started = !c.started
+	return c.fakeContainers.StopAll(ctx, id)
+}
+
+// A container whose start is under way when its pod is stopped does not run on.
+//
+// contract: 7.1.6
+func TestStopMeetsStart(t *testing.T) {
+	w := inMemory(t)
+	s := w.up(nil)
+	c := &starting{fakeContainers: w.containers}
+	s.Deps.Containers = c
+	id := must[string](t)(s.Run(t.Context(), config(1), ""))
+	check(t, s.Stop(t.Context(), id))
+	if c.started {
+		t.Error("it runs in a pod that was stopped")
+	}
+	check(t, s.Remove(t.Context(), id))
+}
+
+// silent is a shim that cannot be waited for.
+type silent struct{ task.Store }
+
+func (silent) Wait(context.Context, container.ID, task.ExecID) (task.Exit, error) {
+	return task.Exit{}, errdefs.ErrUnavailable
+}
+
+// Who waits for a pod whose process cannot be waited for is told, to ask again.
+//
+// contract: 5.6.6
+func TestWaitFails(t *testing.T) {
+	w := inMemory(t)
+	s := w.up(nil)
+	id := must[string](t)(s.Run(t.Context(), config(1), ""))
+	src := w.src.(wiretest.Source)
+	src.TaskStore = silent{w.tasks}
+	c := NewPodSandbox(ControllerDeps{Views: src, Namespace: cristate.Namespace})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := c.Wait(ctx, id); !errdefs.IsUnavailable(err) {
+		t.Error(err)
+	}
+	check(t, s.Remove(t.Context(), id))
+}
+
 // A second call joins the first one.
 //
 // promise: P5
@@ -323,10 +377,19 @@ func TestJoins(t *testing.T) {
 	if _, err := s.Run(late, config(1), ""); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "set up the network") {
 		t.Errorf("%v", err)
 	}
+	// One that asks for another handler waits for it, and does not get it.
+	refused := make(chan error, 1)
+	go func() {
+		_, err := s.Run(context.Background(), config(1), cristate.SandboxerPauseless)
+		refused <- err
+	}()
 	// Another pod does not wait for it.
 	other := must[string](t)(s.Run(t.Context(), config(2), ""))
 	go run()
 	close(release)
+	if err := <-refused; !errdefs.IsAlreadyExists(err) {
+		t.Errorf("%v", err)
+	}
 	if a, b := <-ids, <-ids; a != b || a == "" {
 		t.Errorf("%s and %s", a, b)
 	} else {

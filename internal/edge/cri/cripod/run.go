@@ -67,10 +67,25 @@ func (s *Service) bring(ctx context.Context, cfg *runtime.PodSandboxConfig, hand
 		}
 		return id, nil
 	})
+	if err == nil { // the attempt may have been that of another request
+		err = s.runBy(id, handler)
+	}
 	if err != nil {
 		return "", fmt.Errorf("run pod sandbox %s: %w", name, err)
 	}
 	return id, nil
+}
+
+// runBy is an error if a pod is known and has another runtime handler.
+func (s *Service) runBy(id, handler string) error {
+	p, err := s.Pods.Get(id)
+	if err != nil {
+		return nil
+	}
+	if has := p.Meta().RuntimeHandler; has != handler {
+		return fmt.Errorf("pod %s has this name and the runtime handler %q, not %q: %w", id, has, handler, errdefs.ErrAlreadyExists)
+	}
+	return nil
 }
 
 // discard takes away a pod that was made for a caller who cancelled.
@@ -93,10 +108,7 @@ func (s *Service) taken(ctx context.Context, name, handler string) (string, erro
 	if s.isHalf(m.ID) {
 		return "", s.Remove(ctx, m.ID)
 	}
-	if m.RuntimeHandler != handler {
-		return "", fmt.Errorf("pod %s has this name and the runtime handler %q, not %q: %w", m.ID, m.RuntimeHandler, handler, errdefs.ErrAlreadyExists)
-	}
-	return m.ID, nil
+	return m.ID, s.runBy(m.ID, handler)
 }
 
 // making is a pod on its way.

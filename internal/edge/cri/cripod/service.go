@@ -175,9 +175,10 @@ func New(d Deps) *Service {
 
 // Close ends what runs in the background. Pods go on.
 func (s *Service) Close(ctx context.Context) error {
+	err := s.group.Wait(ctx) // which may make more of them
 	s.end()
 	s.wg.Wait()
-	return s.group.Wait(ctx)
+	return err
 }
 
 // Stages are the pods being made, by name, and how far they are.

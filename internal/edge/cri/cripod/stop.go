@@ -69,6 +69,12 @@ func (s *Service) stop(ctx context.Context, p *cristate.Pod) error {
 		return fmt.Errorf("stop the sandbox: %w", err)
 	}
 	s.ended(p, sandbox.Exit{At: time.Now()})
+	if st.State == cristate.PodReady {
+		// One may have been started since; from now on none is.
+		if err := s.Containers.StopAll(ctx, m.ID); err != nil {
+			return fmt.Errorf("stop its containers: %w", err)
+		}
+	}
 	if s.NRI != nil && !s.isHalf(m.ID) {
 		if err := s.NRI.StopPodSandbox(ctx, p); err != nil {
 			s.Log.Warn("NRI: stop of a pod", "pod", m.ID, "err", err)
