@@ -50,8 +50,11 @@ func (h *Host) ask(ctx context.Context, p *plug, s subject, fn func(context.Cont
 }
 
 // tell asks the plugins that subscribed to an event, in their order, until one
-// refuses. Old plugins know one call for all.
+// refuses; what has happened already all of them are told. Old plugins know one
+// call for all.
 func (h *Host) tell(ctx context.Context, all []*plug, s subject, fn func(context.Context, api.PluginService) error) error {
+	may := s.event == api.Event_RUN_POD_SANDBOX || s.event == api.Event_UPDATE_POD_SANDBOX || s.event == api.Event_START_CONTAINER
+	var errs []error
 	for _, p := range all {
 		if !p.events.IsSet(s.event) {
 			continue
@@ -63,14 +66,15 @@ func (h *Host) tell(ctx context.Context, all []*plug, s subject, fn func(context
 			}
 			return err
 		})
-		if err != nil {
+		if err != nil && may {
 			return err
 		}
+		errs = append(errs, err)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
-// late is tell for what has happened already.
+// late is tell for what has happened and cannot be taken back: errors are logged.
 func (h *Host) late(ctx context.Context, s subject, fn func(context.Context, api.PluginService) error) {
 	if err := h.tell(ctx, h.plugins(), s, fn); err != nil {
 		h.Log.Warn("NRI", "pod", s.pod.GetId(), "container", s.container.GetId(), "error", err)
@@ -337,7 +341,7 @@ func (h *Host) handlers(ctx context.Context, p *plug, s subject, out *outcome) b
 		StopContainer: func(_ context.Context, req *api.StopContainerRequest) (*api.StopContainerResponse, error) {
 			var r *api.StopContainerResponse
 			if !ask(func(ctx context.Context) (err error) { r, err = p.client.StopContainer(ctx, req); return err }) {
-				return nil, refused()
+				return nil, nil // the others are told all the same
 			}
 			h.adjusted(p, s, nil, len(r.GetUpdate()), 0)
 			return r, nil
@@ -515,7 +519,7 @@ func (h *Host) stopContainer(ctx context.Context, pod *cristate.Pod, c *cristate
 		if err != nil {
 			return out.failed(err)
 		}
-		return h.others(ctx, r.GetUpdate())
+		return errors.Join(append(out.why, h.others(ctx, r.GetUpdate()))...)
 	})
 }
 

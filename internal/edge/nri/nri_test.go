@@ -470,6 +470,47 @@ func TestEnds(t *testing.T) {
 	}
 }
 
+// What has happened is told to all, also when one of them answers with an error
+// or a required one does not answer.
+//
+// contract: 1.4.10
+// promise: P41
+func TestAllHear(t *testing.T) {
+	w := newWorld(t, short)
+	w.Start(t.Context())
+	first, second := &fake{}, &fake{}
+	w.connect("10-first", first)
+	w.connect("20-second", second)
+	p, ctx := w.pod("p", nil), t.Context()
+	for id, at := range map[string]func(context.Context, string, string) error{
+		"error": func(context.Context, string, string) error { return errors.New("no, thank you") },
+		"sleep": sleep(t, "created", "started", "updated", "stop", "remove"),
+	} {
+		if id == "sleep" {
+			for _, plug := range w.plugins() {
+				plug.policy = &api.FailurePolicy{FailRequest: true}
+			}
+		}
+		first.set(func() { first.at = at })
+		c := w.known(id, "p")
+		w.PostCreateContainer(ctx, p, c)
+		w.PostStartContainer(ctx, p, c)
+		w.PostUpdateContainer(ctx, p, c)
+		q := w.pod("pod-"+id, nil)
+		for _, err := range []error{w.StopContainer(ctx, p, c), w.RemoveContainer(ctx, p, c), w.PostUpdatePodSandbox(ctx, q), w.StopPodSandbox(ctx, q), w.RemovePodSandbox(ctx, q)} {
+			if err == nil || !strings.Contains(err.Error(), "10-first") {
+				t.Errorf("%s: %v", id, err)
+			}
+		}
+		for _, what := range []string{"created ", "started ", "updated ", "stop ", "remove ", "updated pod-", "stop pod-", "remove pod-"} {
+			if !second.told(what + id) {
+				t.Errorf("the second plugin was not told %q", what+id)
+			}
+		}
+		first.set(func() { first.at = nil })
+	}
+}
+
 // What no container can have is refused, and so is what a plugin has no right to.
 //
 // contract: 1.4.12
