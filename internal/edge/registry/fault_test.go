@@ -31,11 +31,12 @@ import (
 	"github.com/gantryd/gantry/internal/edge/registry/registrytest"
 )
 
-// quick makes every deadline short; bound is what any request may take then.
+// quick makes every deadline short; bound is what any request may take then:
+// five attempts of a second and a half, and as much again for a busy machine.
 var quick = Config{DialTimeout: time.Second, HeaderTimeout: 500 * time.Millisecond, StallTimeout: 300 * time.Millisecond, MinRate: 1000,
 	BackOff: time.Millisecond, MaxRetryAfter: 2 * time.Second}
 
-const bound = 8 * time.Second
+const bound = 16 * time.Second
 
 func blobOf(n int) ([]byte, ocispec.Descriptor) {
 	b := make([]byte, n)
