@@ -255,10 +255,7 @@ func (s *Service) RestorePod(ctx context.Context, stage *attempt.Stage, pod *cri
 // ErrAlreadyExists if the pod has others, or some were started.
 func (s *Service) Restored(podID, checkpoint string, configs []*runtime.ContainerConfig) ([]*runtime.RestoredContainer, error) {
 	var out []*runtime.RestoredContainer
-	for _, c := range s.Containers.List() {
-		if c.PodID() != podID {
-			continue
-		}
+	for _, c := range s.Containers.Where(cristate.InPod(podID)) {
 		m := c.Meta()
 		from, err := os.ReadFile(filepath.Join(s.dir(m.ID), restoreDir, fromFile))
 		same := slices.ContainsFunc(configs, func(want *runtime.ContainerConfig) bool { return sameRequest(want, m.Config) })

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -296,7 +295,7 @@ func (s *Service) RemoveAll(ctx context.Context, podID string) error {
 
 func (s *Service) each(podID string, fn func(id string) error) error {
 	var wg sync.WaitGroup
-	all := slices.DeleteFunc(s.Containers.List(), func(c *cristate.Container) bool { return c.PodID() != podID })
+	all := s.Containers.Where(cristate.InPod(podID))
 	errs := make([]error, len(all))
 	for i, c := range all {
 		wg.Go(func() { errs[i] = fn(c.ID()) })

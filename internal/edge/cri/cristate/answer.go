@@ -49,10 +49,8 @@ func (n *Notifier) Notify(kind runtime.ContainerEventType, id, podID string) {
 // Statuses are those of a pod's containers.
 func (n *Notifier) Statuses(podID string) []*runtime.ContainerStatus {
 	var all []*runtime.ContainerStatus
-	for _, c := range n.Containers.List() {
-		if c.PodID() == podID {
-			all = append(all, c.Answer(n.Names(c.Meta().ImageRef)))
-		}
+	for _, c := range n.Containers.Where(InPod(podID)) {
+		all = append(all, c.Answer(n.Names(c.Meta().ImageRef)))
 	}
 	return all
 }

@@ -234,6 +234,11 @@ func (c *Container) Mark(fn func(*Status) error) error {
 	return nil
 }
 
+// InPod is true of the containers of a pod.
+func InPod(id string) func(*Container) bool {
+	return func(c *Container) bool { return c.PodID() == id }
+}
+
 // NewContainers makes an empty index.
 func NewContainers() *Index[*Container] { return newIndex[*Container]("container") }
 

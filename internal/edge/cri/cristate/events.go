@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -29,9 +30,11 @@ type Events struct {
 	dropped uint64
 }
 
+// kept is an event, as a message: it holds statuses of all containers of a pod,
+// and most nodes have nobody who ever asks for it.
 type kept struct {
 	at time.Time
-	e  *runtime.ContainerEventResponse
+	e  []byte
 }
 
 // NewEvents makes Events without subscribers.
@@ -46,9 +49,14 @@ func (x *Events) Publish(e *runtime.ContainerEventResponse) {
 	if len(x.subs) == 0 {
 		x.expire()
 		if len(x.early) >= eventsKept {
+			x.early[0] = kept{}
 			x.early, x.dropped = x.early[1:], x.dropped+1
 		}
-		x.early = append(x.early, kept{x.now(), e})
+		if b, err := proto.Marshal(e); err == nil {
+			x.early = append(x.early, kept{x.now(), b})
+		} else {
+			x.dropped++
+		}
 		return
 	}
 	for s := range x.subs {
@@ -68,6 +76,7 @@ func (x *Events) expire() {
 	for n < len(x.early) && x.now().Sub(x.early[n].at) > eventsFor {
 		n++
 	}
+	clear(x.early[:n])
 	x.early, x.dropped = x.early[n:], x.dropped+uint64(n)
 }
 
@@ -82,6 +91,7 @@ func (x *Events) Dropped() uint64 {
 // Subscription receives events in the order they were published.
 type Subscription struct {
 	x      *Events
+	early  []kept // come first; Next's own
 	events chan *runtime.ContainerEventResponse
 }
 
@@ -89,19 +99,22 @@ type Subscription struct {
 func (x *Events) Subscribe() *Subscription {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	s := &Subscription{x: x, events: make(chan *runtime.ContainerEventResponse, eventsKept)}
 	x.expire()
-	for _, k := range x.early {
-		s.events <- k.e
-	}
+	s := &Subscription{x: x, early: x.early, events: make(chan *runtime.ContainerEventResponse, eventsKept)}
 	x.early = nil
 	x.subs[s] = struct{}{}
 	return s
 }
 
 // Next waits for an event. ErrResourceExhausted if the subscriber was too slow
-// and has missed some; ctx's error.
+// and has missed some; ctx's error. It is called by one goroutine.
 func (s *Subscription) Next(ctx context.Context) (*runtime.ContainerEventResponse, error) {
+	if len(s.early) > 0 {
+		var e runtime.ContainerEventResponse
+		err := proto.Unmarshal(s.early[0].e, &e)
+		s.early = s.early[1:]
+		return &e, err
+	}
 	select {
 	case e, ok := <-s.events:
 		if !ok {

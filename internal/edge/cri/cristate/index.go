@@ -86,7 +86,10 @@ func (x *Index[T]) ByName(name string) (T, bool) {
 }
 
 // List returns all, in the order of their ids.
-func (x *Index[T]) List() []T {
+func (x *Index[T]) List() []T { return x.Where(func(T) bool { return true }) }
+
+// Where returns those that keep is true of, in the order of their ids.
+func (x *Index[T]) Where(keep func(T) bool) []T {
 	type item struct {
 		id string
 		t  T
@@ -97,6 +100,7 @@ func (x *Index[T]) List() []T {
 		items = append(items, item{id, t})
 	}
 	x.mu.RUnlock()
+	items = slices.DeleteFunc(items, func(i item) bool { return !keep(i.t) })
 	// Asking each thing for its id would lock all of them many times.
 	slices.SortFunc(items, func(a, b item) int { return cmp.Compare(a.id, b.id) })
 	all := make([]T, len(items))
