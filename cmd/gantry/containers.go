@@ -82,7 +82,15 @@ func (a *app) find(ctx context.Context, v view.View, ref string) (container.Cont
 		return c, err
 	}
 	var names []string
-	if v.Containers().Walk(ctx, func(c container.Container) error { names = append(names, string(c.ID)); return nil }) == nil {
+	if v.Containers().Walk(ctx, func(c container.Container) error {
+		names = append(names, string(c.ID))
+		if spec, err := client.Spec(c); err == nil {
+			if k := kubernetesOf(spec); k != nil && !k.Pause {
+				names = append(names, k.String())
+			}
+		}
+		return nil
+	}) == nil {
 		if best := typo.Closest(ref, names, max(1, len(ref)/3)); best != "" {
 			return c, &hinted{err, fmt.Sprintf("did you mean %s?", best)}
 		}

@@ -275,7 +275,7 @@ func (h *hinted) Unwrap() error { return h.error }
 func (a *app) explain(cmd *cobra.Command, err error) {
 	fmt.Fprintln(a.err, "gantry: "+legible(err.Error()))
 	if hint := advice(a, cmd, err); hint != "" {
-		fmt.Fprintln(a.err, "hint: "+hint)
+		fmt.Fprintln(a.err, "hint: "+legible(hint)) // the beginning of an id is enough to type
 	}
 }
 

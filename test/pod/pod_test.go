@@ -389,7 +389,10 @@ func TestPods(t *testing.T) {
 		}
 		c.says(125, `hint: it is in namespace k8s.io`, "logs", main.ID[:12])
 		c.says(125, `hint: it is in namespace k8s.io`, "inspect", n.Busybox)
-		c.says(125, `hint: list all containers with: gantry -n k8s.io ps -a`, "-n", "k8s.io", "stop", "default/web-7d9c5b8f4/absent")
+		c.says(125, `hint: list all containers with: gantry -n k8s.io ps -a`, "-n", "k8s.io", "stop", "something-else")
+		c.says(125, `hint: did you mean default/web-7d9c5b8f4/main\?`, "-n", "k8s.io", "logs", "default/web-7d9c5b8f4")
+		c.says(125, `hint: did you mean default/web-7d9c5b8f4/sidecar\?`, "-n", "k8s.io", "logs", "default/web-7d9c5b8f4/sidecat")
+		c.says(125, `hint: stop it first \(gantry -n k8s.io stop `+main.ID[:12]+`\)`, "-n", "k8s.io", "rm", "default/web-7d9c5b8f4/main")
 		c.says(125, `it is not running.*hint: it is of a pod, see: gantry pod ls default/web-7d9c5b8f4`, "-n", "k8s.io", "exec", "default/web-7d9c5b8f4/sidecar", "ls")
 	})
 	t.Run("mistakes", func(t *testing.T) {
