@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -230,10 +231,16 @@ func (s *Service) Run(ctx context.Context) error {
 	wg.Go(func() { s.sweep(ctx) })
 	wg.Go(func() { s.thaw(ctx) })
 	turns := make(chan struct{}, askers)
+	var ended []*cristate.Container
 	for _, c := range s.found {
-		wg.Go(func() { s.reconcile(ctx, c, turns) })
+		if c.Status().FinishedAt != 0 {
+			ended = append(ended, c)
+		} else {
+			wg.Go(func() { s.reconcile(ctx, c, turns) })
+		}
 	}
 	s.found = nil
+	wg.Go(func() { s.tidy(ctx, ended) })
 	for {
 		e, err := s.sub.Next(ctx)
 		if err != nil {
@@ -273,6 +280,22 @@ func (s *Service) letGo() {
 	}
 }
 
+// tidy deletes the tasks of containers that have ended, of which there may be
+// tens of thousands: the last daemon may not have come to it.
+func (s *Service) tidy(ctx context.Context, ended []*cristate.Container) {
+	var g errgroup.Group
+	g.SetLimit(askers)
+	for _, c := range ended {
+		g.Go(func() error {
+			if err := s.deleteTask(ctx, c.ID()); err != nil && ctx.Err() == nil {
+				s.Log.Warn("delete the task of a container that has ended", "container", c.ID(), "error", err)
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // of calls that have no error
+}
+
 // reconcile asks a container's task, as often as it takes to get an answer.
 // Until then the container is as it was when the last daemon ended.
 func (s *Service) reconcile(ctx context.Context, c *cristate.Container, turns chan struct{}) {
@@ -286,11 +309,7 @@ func (s *Service) reconcile(ctx context.Context, c *cristate.Container, turns ch
 		}()
 	}
 	if c.Status().FinishedAt != 0 {
-		// Its task may not have been deleted any more.
-		if err := s.deleteTask(ctx, c.ID()); err != nil && ctx.Err() == nil {
-			s.Log.Warn("delete the task of a container that has ended", "container", c.ID(), "error", err)
-		}
-		return
+		return // an event was faster
 	}
 	if pod := s.pod(c); pod != nil {
 		if _, left := s.fifos(c.ID()); left {
@@ -392,6 +411,9 @@ func (s *Service) sweep(ctx context.Context) {
 	// A record is made before its directories: whose record is not there now
 	// was removed.
 	for id := range dirs {
+		if _, err := s.Containers.Get(id); err == nil {
+			continue // there may be very many: that is quick
+		}
 		if _, err := s.view.Containers().Get(ctx, container.ID(id)); !errdefs.IsNotFound(err) {
 			continue
 		}

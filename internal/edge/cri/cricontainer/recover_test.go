@@ -377,3 +377,20 @@ func TestRemoveBeforeRecovered(t *testing.T) {
 	}
 	n.nothingLeft()
 }
+
+// The task of a container whose end was stored goes, though the last daemon was
+// killed before it had deleted it.
+// contract: 7.3.30
+func TestKilledBeforeTaskDeleted(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	id := n.run(app("a"))
+	n.kill()
+	if err := n.get(id).Change(func(st *cristate.Status) error { st.FinishedAt = st.StartedAt + 1; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.tasks.End(container.ID(id), "", 0); err != nil {
+		t.Fatal(err)
+	}
+	n.boot()
+	n.until("its task is gone", func() bool { all, err := n.tasks.List(t.Context()); return err == nil && len(all) == 0 })
+}
