@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -256,6 +257,7 @@ type Registry struct {
 
 	mu       sync.Mutex
 	blobs    map[digest.Digest][]byte
+	uploads  map[string][]byte // what came of those that come in pieces
 	types    map[digest.Digest]string
 	tags     map[string]digest.Digest // repository:tag
 	requests []string
@@ -270,7 +272,7 @@ func Serve(t testing.TB) *Registry {
 
 // NewRegistry is Serve outside of a test.
 func NewRegistry() *Registry {
-	r := &Registry{blobs: map[digest.Digest][]byte{}, types: map[digest.Digest]string{}, tags: map[string]digest.Digest{}}
+	r := &Registry{blobs: map[digest.Digest][]byte{}, uploads: map[string][]byte{}, types: map[digest.Digest]string{}, tags: map[string]digest.Digest{}}
 	r.Server = httptest.NewServer(r)
 	return r
 }
@@ -371,21 +373,32 @@ func (r *Registry) get(w http.ResponseWriter, q *http.Request, repo, name string
 	}
 }
 
+// upload takes a blob with one request, or in pieces as Docker's own client sends it.
 func (r *Registry) upload(w http.ResponseWriter, q *http.Request, repo, name string) {
 	if q.Method == http.MethodPost {
-		w.Header().Set("Location", "/v2/"+repo+"/blobs/uploads/1")
+		w.Header().Set("Location", "/v2/"+repo+"/blobs/uploads/"+rand.Text())
 		w.WriteHeader(http.StatusAccepted)
 		return
 	}
 	b, err := io.ReadAll(io.LimitReader(q.Body, 1<<30))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	b = append(r.uploads[name], b...)
+	if q.Method == http.MethodPatch && err == nil {
+		r.uploads[name] = b
+		w.Header().Set("Location", q.URL.Path)
+		w.Header().Set("Range", fmt.Sprintf("0-%d", max(0, len(b)-1)))
+		w.WriteHeader(http.StatusAccepted)
+		return
+	}
+	delete(r.uploads, name)
 	d := digest.Digest(q.URL.Query().Get("digest"))
 	if err != nil || d.Validate() != nil || digest.FromBytes(b) != d {
 		http.Error(w, "digest does not match", http.StatusBadRequest)
 		return
 	}
-	r.mu.Lock()
 	r.blobs[d] = b
-	r.mu.Unlock()
+	w.Header().Set("Docker-Content-Digest", d.String())
 	w.WriteHeader(http.StatusCreated)
 }
 
