@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -32,7 +34,8 @@ func checks(probe func(context.Context) error, snapshotters map[string]snapshot.
 		_, err := manager.Info(ctx, defaultRuntime, typed.Any{})
 		return err
 	}}}
-	for name, s := range snapshotters {
+	for _, name := range slices.Sorted(maps.Keys(snapshotters)) { // /readyz lists them in one order
+		s := snapshotters[name]
 		all = append(all, canary.Check{Name: "snapshotter " + name, Run: func(ctx context.Context) error {
 			// Collection takes snapshots without a record, this one now and then
 			// while it is in use.

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/gantryd/gantry/core/snapshot"
 	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/internal/edge/cri/cristate"
 	"github.com/gantryd/gantry/internal/edge/shimclient"
@@ -156,5 +157,16 @@ func TestRuntimeThatHangs(t *testing.T) {
 	h.attributes = false // an old kernel: the runtime alone cannot
 	if f := h.features(t.Context(), cristate.Runtime{Type: "io.absent.v1"}); f.RecursiveReadOnly {
 		t.Errorf("without the kernel: %+v", f)
+	}
+}
+
+// The parts of readiness are the same list at each start.
+func TestChecksAreInOrder(t *testing.T) {
+	var names []string
+	for _, c := range checks(nil, map[string]snapshot.Store{"e": nil, "c": nil, "a": nil, "d": nil, "b": nil, "f": nil}, nil, "") {
+		names = append(names, strings.TrimPrefix(c.Name, "snapshotter "))
+	}
+	if got := strings.Join(names, " "); got != "store shim a b c d e f" {
+		t.Error(got)
 	}
 }
