@@ -17,7 +17,7 @@ func TestBase(t *testing.T) {
 		Process: &specs.Process{Env: []string{"A=base", "B=base"}, Cwd: "/base"}, Mounts: []specs.Mount{{Destination: "/proc", Type: "proc"}, {Destination: "/x/y", Type: "tmpfs"}},
 		Linux: &specs.Linux{Seccomp: &specs.LinuxSeccomp{DefaultAction: specs.ActLog}, CgroupsPath: "/elsewhere"}}
 	img := ocispec.ImageConfig{Cmd: []string{"/a"}, Env: []string{"A=image"}}
-	s := must(Generate(facts, "id", "ns", img, WithBase(base), WithoutMounts("/x/*"), WithMounts(must(ParseTmpfs("/t")))))
+	s := must(Generate(facts, "id", "ns", img, WithBase(base), WithoutMounts("/x/y"), WithMounts(must(ParseTmpfs("/t")))))
 	if s.Hooks == nil || s.Process.Cwd != "/base" || s.Root.Path != "rootfs" || !s.Root.Readonly || s.Linux.CgroupsPath != "/ns/id" || s.Linux.Seccomp.DefaultAction != specs.ActLog {
 		t.Errorf("got %+v %+v", s, s.Linux)
 	}

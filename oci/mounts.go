@@ -283,8 +283,14 @@ func ParseBytes(s string) (int64, error) {
 
 // placeMounts puts the user's mounts over the defaults: one for the same
 // target replaces it, the others follow, those of a folder before those in it.
+// A default one in a folder of the host's is left out, as it would hide a part:
+// with the host's /sys come the host's cgroups.
 func placeMounts(defaults, user []specs.Mount) ([]specs.Mount, error) {
-	out := slices.Clone(defaults)
+	out := slices.DeleteFunc(slices.Clone(defaults), func(d specs.Mount) bool {
+		return slices.ContainsFunc(user, func(m specs.Mount) bool {
+			return m.Type == "bind" && strings.HasPrefix(path.Clean(d.Destination), path.Clean(m.Destination)+"/")
+		})
+	})
 	seen := map[string]bool{}
 	var extra []specs.Mount
 	for _, m := range user {

@@ -289,12 +289,7 @@ func (r *request) filesystem() error {
 	if r.based {
 		mounts = slices.Clone(r.spec.Mounts)
 	}
-	mounts = slices.DeleteFunc(mounts, func(m specs.Mount) bool {
-		return slices.ContainsFunc(r.without, func(p string) bool {
-			dir, all := strings.CutSuffix(p, "/*")
-			return path.Clean(m.Destination) == p || all && strings.HasPrefix(path.Clean(m.Destination), dir+"/")
-		})
-	})
+	mounts = slices.DeleteFunc(mounts, func(m specs.Mount) bool { return slices.Contains(r.without, path.Clean(m.Destination)) })
 	if (r.cgroupMount || r.privileged) && !slices.ContainsFunc(mounts, func(m specs.Mount) bool { return m.Type == "cgroup" }) {
 		mounts = append(mounts, specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
 			Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"}})

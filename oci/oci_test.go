@@ -256,6 +256,28 @@ func TestArgs(t *testing.T) {
 	}
 }
 
+// TestHostFolders: a folder of the host has no default mounts in it, a file
+// system of the container's own has.
+func TestHostFolders(t *testing.T) {
+	for _, tc := range []struct {
+		mount specs.Mount
+		want  string
+	}{
+		{must(ParseVolume("/sys:/sys:ro")), "/proc /dev /dev/pts /dev/shm /dev/mqueue /sys /run"},
+		{must(ParseVolume("/dev:/dev")), "/proc /dev /sys /run /sys/fs/cgroup"},
+		{must(ParseTmpfs("/dev")), "/proc /dev /dev/pts /dev/shm /dev/mqueue /sys /run /sys/fs/cgroup"},
+		{must(ParseVolume("/x:/sys/fsx")), "/proc /dev /dev/pts /dev/shm /dev/mqueue /sys /run /sys/fs/cgroup /sys/fsx"},
+	} {
+		var got []string
+		for _, m := range must(Generate(facts, "a", "b", ocispec.ImageConfig{Cmd: []string{"x"}}, WithCgroupMount(), WithMounts(tc.mount))).Mounts {
+			got = append(got, m.Destination)
+		}
+		if strings.Join(got, " ") != tc.want {
+			t.Errorf("%s: %q, want %s", tc.mount.Destination, got, tc.want)
+		}
+	}
+}
+
 func TestRefused(t *testing.T) {
 	plain := ocispec.ImageConfig{Cmd: []string{"x"}}
 	limited := facts

@@ -50,7 +50,7 @@ func WithBase(s *specs.Spec) Option {
 	}
 }
 
-// WithoutMounts leaves out default mounts: at a path, or below it as /dev/*.
+// WithoutMounts leaves out the default mounts at some paths.
 func WithoutMounts(paths ...string) Option {
 	return func(r *request) error { r.without = append(r.without, paths...); return nil }
 }
@@ -136,7 +136,8 @@ func WithTerminal(width, height uint) Option {
 	}
 }
 
-// WithMounts adds mounts; one for the target of a default mount replaces it.
+// WithMounts adds mounts; one for the target of a default mount replaces it, and
+// a folder of the host has no default ones in it.
 func WithMounts(mounts ...specs.Mount) Option {
 	return func(r *request) error { r.mounts = append(r.mounts, mounts...); return nil }
 }

@@ -333,3 +333,19 @@ func TestImageDefinedVolumes(t *testing.T) {
 		}
 	})
 }
+
+// Who mounts the host's /sys, as programs that watch a node do, sees the host's
+// cgroups below it.
+//
+// contract: 7.3.10
+func TestHostSys(t *testing.T) {
+	eachHandler(t, func(t *testing.T, p *critest.Pod) {
+		look := "ls -d /sys/fs/cgroup/" + p.Mark + " /sys/fs/cgroup/memory/" + p.Mark + " 2>/dev/null | head -1"
+		if out := p.Output(look); out != "" {
+			t.Errorf("a container sees the host's cgroups: %q", out)
+		}
+		if out := p.Output(look+"; touch /sys/x 2>/dev/null || echo closed", mounts(&runtime.Mount{ContainerPath: "/sys", HostPath: "/sys", Readonly: true})); !strings.HasSuffix(out, "/"+p.Mark+"\nclosed\n") {
+			t.Errorf("with the host's /sys: %q", out)
+		}
+	})
+}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -369,6 +370,36 @@ func TestRights(t *testing.T) {
 	s = container(t, func(in *ContainerInput) { in.RuntimeConfig.DisableProcMount = true })
 	if slices.Equal(s.Linux.MaskedPaths, testMasked) || len(s.Linux.MaskedPaths) == 0 {
 		t.Error("disable_proc_mount does not keep the defaults")
+	}
+}
+
+// TestHostDirectories: with a directory of the host comes what is mounted below
+// it there, and not what would be by default.
+//
+// contract: 7.3.10
+func TestHostDirectories(t *testing.T) {
+	for dst, want := range map[string]string{
+		"/data":    "/proc /dev /dev/pts /dev/mqueue /sys /sys/fs/cgroup /data /dev/shm",
+		"/sys":     "/proc /dev /dev/pts /dev/mqueue /sys /dev/shm",
+		"/sys/fs/": "/proc /dev /dev/pts /dev/mqueue /sys /sys/fs /dev/shm",
+		"/dev":     "/proc /dev /sys /sys/fs/cgroup /dev/shm",
+		"/proc":    "/proc /dev /dev/pts /dev/mqueue /sys /sys/fs/cgroup /dev/shm",
+	} {
+		s := container(t, func(in *ContainerInput) {
+			in.Mounts = []Mount{{Mount: &runtime.Mount{ContainerPath: dst, HostPath: "/host"}}}
+		})
+		var got []string
+		for _, m := range s.Mounts {
+			if !strings.HasPrefix(m.Destination, "/etc/") {
+				got = append(got, m.Destination)
+			}
+			if m.Destination == path.Clean(dst) && m.Source != "/host" {
+				t.Errorf("%s is %v", dst, m)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%s: %q, want %s", dst, got, want)
+		}
 	}
 }
 

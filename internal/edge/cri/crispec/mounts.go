@@ -85,11 +85,7 @@ func (in ContainerInput) mounts() ([]oci.Option, error) {
 		}
 		mounts = append(mounts, specs.Mount{Destination: devShm, Type: "bind", Source: shm, Options: flags})
 	}
-	// The kernel's file systems in /dev would be hidden by the host's, or hide it.
 	opts := []oci.Option{oci.WithoutMounts(devShm), oci.WithCgroupMount(), oci.WithMounts(mounts...)}
-	if taken["/dev"] {
-		opts = append(opts, oci.WithoutMounts("/dev/*"))
-	}
 	if propagation != "" {
 		opts = append(opts, oci.WithSpec(func(s *specs.Spec) error { s.Linux.RootfsPropagation = propagation; return nil }))
 	}
