@@ -5,45 +5,65 @@ package main_test
 import (
 	le "encoding/binary"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// One exec whose program lies on a file system that does not answer holds up
-// nothing else of its container: not others, no change of limits, no end.
+// An exec whose program lies on a file system that does not answer can be
+// killed in its start, and holds up nothing else of its container: not others,
+// no change of limits, no end.
 //
 // contract: 5.3.3, 5.3.6, 5.3.7
+// promise: P17
 func TestSlowExec(t *testing.T) {
 	drivers(t, func(t *testing.T, d *daemon, opts *options.Options) {
 		k := d.newTask("c1", "sleep", "1000").with(opts).run()
 		fuse := k.silentMount("/tmp")
-		k.must("Exec", &taskapi.ExecProcessRequest{ID: k.id, ExecID: "slow", Spec: asJSON(t, "Process", &specs.Process{
-			Args: []string{"/tmp/program"}, Cwd: "/", Env: k.spec.Process.Env})}, nil)
 		started := make(chan error, 1)
-		go func() {
-			started <- k.call("Start", &taskapi.StartRequest{ID: k.id, ExecID: "slow"}, &taskapi.StartResponse{})
-		}()
-		asked := []unix.PollFd{{Fd: int32(fuse), Events: unix.POLLIN}}
-		for end := time.Now().Add(20 * time.Second); ; {
-			n, err := unix.Poll(asked, 100)
-			if n == 1 {
-				break // it asks for its program, and is not told
-			}
-			if err != nil && err != unix.EINTR || time.Now().After(end) {
-				t.Fatalf("the exec has not asked for its program: %v", err)
-			}
-			select {
-			case err := <-started:
-				t.Fatalf("the exec has ended: %v", err)
-			default:
+		slow := func(id string) {
+			k.must("Exec", &taskapi.ExecProcessRequest{ID: k.id, ExecID: id, Spec: asJSON(t, "Process", &specs.Process{
+				Args: []string{"/tmp/program"}, Cwd: "/", Env: k.spec.Process.Env})}, nil)
+			go func() {
+				started <- k.call("Start", &taskapi.StartRequest{ID: k.id, ExecID: id}, &taskapi.StartResponse{})
+			}()
+			asked := []unix.PollFd{{Fd: int32(fuse), Events: unix.POLLIN}}
+			for end := time.Now().Add(20 * time.Second); ; {
+				n, err := unix.Poll(asked, 100)
+				if n == 1 {
+					return // it asks for its program, and is not told
+				}
+				if err != nil && err != unix.EINTR || time.Now().After(end) {
+					t.Fatalf("the exec has not asked for its program: %v", err)
+				}
+				select {
+				case err := <-started:
+					t.Fatalf("the exec has ended: %v", err)
+				default:
+				}
 			}
 		}
+		slow("killed")
+		k.must("Kill", &taskapi.KillRequest{ID: k.id, ExecID: "killed", Signal: uint32(unix.SIGKILL), All: true}, nil)
+		if err := <-started; err == nil && k.wait("killed").ExitStatus != 137 {
+			t.Errorf("it was not killed in its start: %v", k.state("killed"))
+		}
+		k.delete("killed")
+		if !hybrid() || filepath.Base(opts.BinaryName) != "crun" { // it puts an exec into a group of its own with cgroup v2 only
+			eventually(t, "the end of what was started", func() bool {
+				var pids taskapi.PidsResponse
+				k.must("Pids", &taskapi.PidsRequest{ID: k.id}, &pids)
+				return len(pids.Processes) == 1
+			})
+		}
+		slow("slow")
 		for i := range 2 { // also after a change, and after one another
 			id := fmt.Sprint("e", i)
 			k.exec(id, nil, "sh", "-c", "exit 5")
@@ -114,4 +134,47 @@ func (k *task) silentMount(path string) (fd int) {
 		k.t.Fatal("answer FUSE_INIT: ", err)
 	}
 	return fd
+}
+
+// Whenever in its start an exec is killed, it has ended then.
+//
+// contract: 5.3.3
+// promise: P17
+func TestKillInStart(t *testing.T) {
+	drivers(t, func(t *testing.T, d *daemon, opts *options.Options) {
+		k := d.newTask("c1", "sleep", "1000").with(opts).run()
+		p := *k.spec.Process
+		p.Args = []string{"sleep", "1000"}
+		for i := range 12 {
+			id := fmt.Sprint("e", i)
+			k.must("Exec", &taskapi.ExecProcessRequest{ID: k.id, ExecID: id, Spec: asJSON(t, "Process", p)}, nil)
+			started := make(chan error, 1)
+			go func() {
+				started <- k.call("Start", &taskapi.StartRequest{ID: k.id, ExecID: id}, &taskapi.StartResponse{})
+			}()
+			time.Sleep(time.Duration(i) * time.Millisecond) // any moment will do
+			eventually(t, "the kill", func() bool {         // before the start it is refused
+				err := k.call("Kill", &taskapi.KillRequest{ID: k.id, ExecID: id, Signal: uint32(unix.SIGKILL), All: true}, nil)
+				return err == nil || errdefs.IsNotFound(err)
+			})
+			if err := <-started; err != nil && !errdefs.IsAborted(err) {
+				t.Errorf("%s: %v", id, err)
+			}
+			if w := k.wait(id); w.ExitStatus != 137 && w.ExitStatus != 255 {
+				t.Errorf("%s: %v", id, w)
+			}
+			k.delete(id)
+		}
+		if filepath.Base(opts.BinaryName) != "crun" { // it may be killed before what it starts is in a group
+			eventually(t, "the end of all that was started", func() bool {
+				var pids taskapi.PidsResponse
+				k.must("Pids", &taskapi.PidsRequest{ID: k.id}, &pids)
+				return len(pids.Processes) == 1
+			})
+		}
+		k.kill("", unix.SIGKILL)
+		k.wait("")
+		k.delete("")
+		k.finish()
+	})
 }

@@ -134,7 +134,7 @@ func (d *libct) Create(ctx context.Context, req driver.Create) (_ driver.Contain
 				TcpEstablished: true, ExternalUnixConnections: true, FileLocks: true, EmptyNs: unix.CLONE_NEWNET})
 		}
 	}
-	started, err := c.run(ctx, p, req.Stdio, start)
+	started, err := c.run(ctx, p, req.Stdio, start, c.killAll)
 	if err != nil {
 		return nil, none, err
 	}
@@ -163,7 +163,7 @@ func (d *libct) removeDead(id string) bool {
 
 // run starts a process with its streams. Nothing is left of the process when
 // it returns an error.
-func (c *container) run(ctx context.Context, p *libcontainer.Process, stdio driver.Stdio, start func(*libcontainer.Process) error) (s driver.Started, err error) {
+func (c *container) run(ctx context.Context, p *libcontainer.Process, stdio driver.Stdio, start func(*libcontainer.Process) error, kill func()) (s driver.Started, err error) {
 	var socket *os.File
 	if stdio.Terminal {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -185,10 +185,6 @@ func (c *container) run(ctx context.Context, p *libcontainer.Process, stdio driv
 		if stdio.Err != nil {
 			p.Stderr = stdio.Err
 		}
-	}
-	kill := c.killAll
-	if !p.Init {
-		kill = func() { _ = p.Signal(unix.SIGKILL) }
 	}
 	if err := bounded(ctx, func() error { return start(p) }, kill); err != nil {
 		return s, err
@@ -259,8 +255,10 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 		return driver.Started{}, err
 	}
 	keepMemlock(p, c.memlock)
+	kill := func() { _ = p.Signal(unix.SIGKILL) }
 	if name, controller := c.Open(id); name != "" {
 		p.SubCgroupPaths = map[string]string{controller: name}
+		kill = func() { _ = c.SignalExec(id, unix.SIGKILL) } // p is in use by who starts it
 	}
 	own := c.execs.Swap(nil)
 	s, err := c.run(ctx, p, stdio, func(p *libcontainer.Process) (err error) {
@@ -270,7 +268,7 @@ func (c *container) Exec(ctx context.Context, id string, spec *specs.Process, st
 			}
 		}
 		return own.Start(p)
-	})
+	}, kill)
 	if err != nil {
 		c.ForgetExec(id) // and the handle, which may be in use for long
 		return s, err

@@ -28,6 +28,9 @@ import (
 
 type emptyResponse = emptypb.Empty
 
+// errKilled is why a start ends in which its process was killed.
+var errKilled = fmt.Errorf("it was killed while it was being started: %w", errdefs.ErrAborted)
+
 func empty() *emptypb.Empty { return &emptypb.Empty{} }
 
 // State describes a process.
@@ -83,7 +86,17 @@ func (s *Service) Kill(ctx context.Context, r *taskapi.KillRequest) (_ *emptyRes
 	s.mu.Lock()
 	pid, status, paused, c := p.pid, p.status, p.c.paused, p.c
 	made, group := c.made, c.group
+	aborted := sig == unix.SIGKILL && p.abort != nil
+	if aborted {
+		// Its start may take as long as its file system takes to answer; the
+		// driver knows how to end it.
+		p.killed = true
+		p.abort(errKilled)
+	}
 	s.mu.Unlock()
+	if aborted {
+		return empty(), nil
+	}
 	if r.All && p.id == "" && status == tasktypes.Status_STOPPED {
 		return empty(), nil // contract 15, row 1.3.36
 	}

@@ -139,6 +139,8 @@ type process struct {
 
 	closeIn       bool // before it had any
 	width, height uint16
+	abort         context.CancelCauseFunc // ends its start, while that is under way
+	killed        bool                    // abort was called
 }
 
 // name is what messages call it.
@@ -601,6 +603,11 @@ func (s *Service) startExec(ctx context.Context, p *process) (*taskapi.StartResp
 	if err := s.begin(p); err != nil {
 		return nil, err
 	}
+	ctx, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	s.mu.Lock()
+	p.abort = abort
+	s.mu.Unlock()
 	release := s.Reaper.Hold()
 	defer release()
 	streams, err := s.Streams.Open(ctx, p.streams)
@@ -620,7 +627,7 @@ func (s *Service) startExec(ctx context.Context, p *process) (*taskapi.StartResp
 	}
 	s.mu.Lock()
 	p.starting = false
-	p.spec = nil
+	p.spec, p.abort = nil, nil
 	if err != nil {
 		// It never was; whoever waits for it is told at once.
 		p.status = tasktypes.Status_STOPPED
@@ -631,7 +638,7 @@ func (s *Service) startExec(ctx context.Context, p *process) (*taskapi.StartResp
 		return nil, err
 	}
 	p.io, p.pid, p.status = streams, started.Pid, tasktypes.Status_RUNNING
-	closeIn, width, height := p.closeIn, p.width, p.height
+	closeIn, width, height, killed := p.closeIn, p.width, p.height, p.killed
 	s.Events.Publish("/tasks/exec-started", &events.TaskExecStarted{ContainerID: p.c.id, ExecID: p.id, Pid: uint32(p.pid)})
 	s.mu.Unlock()
 	if closeIn {
@@ -643,6 +650,12 @@ func (s *Service) startExec(ctx context.Context, p *process) (*taskapi.StartResp
 		}
 	}
 	s.watch(p)
+	if killed { // too late for the start
+		_, err := s.Kill(context.WithoutCancel(ctx), &taskapi.KillRequest{ID: p.c.id, ExecID: p.id, Signal: uint32(unix.SIGKILL), All: true})
+		if err != nil && !errdefs.IsNotFound(err) {
+			s.Log.Warn("kill what was killed in its start", "id", p.c.id, "exec", p.id, "error", err)
+		}
+	}
 	return &taskapi.StartResponse{Pid: uint32(started.Pid)}, nil
 }
 
