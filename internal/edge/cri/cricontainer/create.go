@@ -49,7 +49,9 @@ func (s *Service) Create(ctx context.Context, podID string, config *runtime.Cont
 	}
 	// The request is the caller's to change after its call has returned.
 	config = proto.CloneOf(config)
+	own := false
 	id, err := s.creating.Do(ctx, name, func(ctx context.Context, stage *attempt.Stage) (string, error) {
+		own = true
 		if id, err := s.made(ctx, stage, name, pod, config); id != "" || err != nil {
 			return id, err
 		}
@@ -57,6 +59,9 @@ func (s *Service) Create(ctx context.Context, podID string, config *runtime.Cont
 	})
 	if err != nil {
 		return "", fmt.Errorf("create container %s: %w", name, err)
+	}
+	if c, err := s.Containers.Get(id); !own && err == nil && c.Status().State() == runtime.ContainerState_CONTAINER_CREATED && !sameRequest(c.Meta().Config, config) {
+		return s.Create(ctx, podID, config, podConfig) // as one who comes when the other has his
 	}
 	return id, nil
 }

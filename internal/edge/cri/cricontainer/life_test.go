@@ -205,6 +205,36 @@ func TestRefused(t *testing.T) {
 	n.nothingLeft()
 }
 
+// A creation that joins one that is wanted differently gets its own container.
+// promise: P5
+func TestCreateJoinsAnother(t *testing.T) {
+	n := newNode(t, ocispec.ImageConfig{}, nil)
+	entered, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	n.snaps.gate = func(context.Context) error { once.Do(func() { close(entered); <-release }); return nil }
+	moved := app("a")
+	moved.Command = []string{"other"}
+	var first, second string
+	var wg sync.WaitGroup
+	wg.Go(func() { first, _ = n.s.Create(t.Context(), n.podID, app("a"), nil) })
+	<-entered
+	calls := make(chan struct{})
+	wg.Go(func() {
+		close(calls)
+		second, _ = n.s.Create(t.Context(), n.podID, moved, nil)
+	})
+	<-calls
+	go close(release)
+	wg.Wait()
+	if first == second || first == "" || second == "" || n.spec(second).Process.Args[0] != "other" {
+		t.Errorf("%q and %q", first, second)
+	}
+	if err := n.s.Remove(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+}
+
 // A repeated creation joins the one under way, whose caller may be gone.
 // promise: P5
 func TestCreateAgain(t *testing.T) {
