@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -163,6 +164,16 @@ func TestOrderAcrossRestarts(t *testing.T) {
 	}
 }
 
+// attempts is a log with a line for each that failed.
+type attempts chan struct{}
+
+func (a attempts) Write(line []byte) (int, error) {
+	if strings.Contains(string(line), "event not delivered") {
+		a <- struct{}{}
+	}
+	return len(line), nil
+}
+
 // An event waits as long as the daemon is away: that its socket is not there is
 // no answer. Retry does not wait for the pause, which has grown to seconds.
 //
@@ -170,19 +181,22 @@ func TestOrderAcrossRestarts(t *testing.T) {
 // promise: P19
 func TestRetry(t *testing.T) {
 	path := socket(t)
-	p := New(path, "ns", slog.New(slog.DiscardHandler))
+	failed := make(attempts, 100)
+	p := New(path, "ns", slog.New(slog.NewTextHandler(failed, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
 	t.Cleanup(func() { cancel(); <-done })
 	p.Publish("/tasks/oom", &events.TaskOOM{ContainerID: "a"})
-	time.Sleep(1700 * time.Millisecond) // 50+100+200+400+800 ms: the next pause is 1.6 s
+	for range 7 { // and then there is a pause of 3.2 s
+		<-failed
+	}
 	s := &sink{}
 	s.serve(t, path)
 	began := time.Now()
 	p.Retry()
 	s.await(t, 1)
-	if took := time.Since(began); took > time.Second {
+	if took := time.Since(began); took > 2500*time.Millisecond {
 		t.Errorf("the event came after %v", took)
 	}
 }
