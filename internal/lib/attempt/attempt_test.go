@@ -3,6 +3,7 @@ package attempt
 import (
 	"context"
 	"errors"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -39,7 +40,14 @@ func TestJoin(t *testing.T) {
 	if _, err := g.Do(late, "a", fn); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("%v", err)
 	}
-	go close(release)
+	go func() {
+		for joined := false; !joined; runtime.Gosched() {
+			g.mu.Lock()
+			joined = g.all["a"].waiting > 0
+			g.mu.Unlock()
+		}
+		close(release)
+	}()
 	if n, err := g.Do(t.Context(), "a", fn); n != 7 || err != nil {
 		t.Error(n, err)
 	}
