@@ -380,8 +380,7 @@ func (s *Service) compare(ctx context.Context, c *cristate.Container, p task.Pro
 	})
 	if err != nil {
 		s.Log.Error("store that a container runs", "container", c.ID(), "error", err)
-	}
-	if created {
+	} else if created {
 		s.notify(runtime.ContainerEventType_CONTAINER_STARTED_EVENT, c)
 	}
 	if p.Status == task.StatusStopped {
