@@ -56,13 +56,31 @@ func TestSwitchFromContainerd(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := n.Pod(t, "")
-	c := p.Run(`i=0; while ! [ -e /end ]; do i=$((i+1)); echo line $i; echo error $i >&2; sleep 0.01; done; exit 7`)
-	quiet := p.Run("read line; exit 8", func(c *runtime.ContainerConfig) { c.Stdin = true })
+	switches := n.Dir + "/switches"
+	if err := os.Mkdir(switches, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	hold := filepath.Join(switches, "hold")
+	c := p.Run(`i=0; while ! [ -e /s/end ]; do
+i=$((i+1)); echo line $i; echo error $i >&2; sleep 0.01
+if [ -e /s/hold ]; then i=$((i+1)); echo error $i >&2; echo line $i; echo held; echo held >&2; while [ -e /s/hold ]; do sleep 0.01; done; fi
+done; exit 7`, func(c *runtime.ContainerConfig) {
+		c.Mounts = []*runtime.Mount{{HostPath: switches, ContainerPath: "/s"}}
+	})
+	quiet := p.Run("sleep 1000")
 	logHas(t, c, "line 3\n")
+	// What containerd has read and not written when it ends is lost, so there is none.
+	if err := os.WriteFile(hold, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	critest.Eventually(t, "the end of both streams", func() bool { return strings.Count(c.Log(), "held\n") == 2 })
 	if err := n.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	before := len(c.Log())
+	before := strings.Count(c.Log(), "\n")
+	if err := os.Remove(hold); err != nil { // while nobody reads
+		t.Fatal(err)
+	}
 
 	n.Bin, n.Env = gantryd, nil
 	if err := n.Configure(); err != nil {
@@ -72,15 +90,18 @@ func TestSwitchFromContainerd(t *testing.T) {
 		t.Fatal(err)
 	}
 	listed(t, n)
-	critest.Eventually(t, "more of the log", func() bool { return strings.Count(c.Log(), "\n") > strings.Count(c.Log()[:before], "\n")+200 })
-	if out := c.Exec("touch /end; echo from exec"); out != "from exec\n" {
+	critest.Eventually(t, "more of the log", func() bool { return strings.Count(c.Log(), "\n") > before+200 })
+	if out := c.Exec("echo from exec"); out != "from exec\n" {
 		t.Errorf("%q", out)
+	}
+	if err := os.WriteFile(filepath.Join(switches, "end"), nil, 0o644); err != nil {
+		t.Fatal(err)
 	}
 	if st := c.Wait(); st.ExitCode != 7 {
 		t.Errorf("%v", st)
 	}
 	for stream, word := range map[string]string{"stdout": "line", "stderr": "error"} {
-		for i, line := range strings.Split(strings.TrimSpace(text(records(t, c.LogFile()), stream)), "\n") {
+		for i, line := range strings.Split(strings.TrimSpace(strings.Replace(text(records(t, c.LogFile()), stream), "held\n", "", 1)), "\n") {
 			if line != fmt.Sprintf("%s %d", word, i+1) {
 				t.Fatalf("%s: line %d is %q", stream, i+1, line)
 			}
