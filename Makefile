@@ -9,7 +9,7 @@ GOBUILD := go build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)'
 export GANTRY_DEBIAN_CONTAINERD ?= $(CURDIR)/.cache/debian/usr/bin
 PACKAGES ?= ./...
 
-.PHONY: all demo test vm kubelet bench lint install clean help
+.PHONY: all demo test vm kubelet docker bench lint install clean help
 all: ## build gantryd, gantry and the shim into bin/
 	@scripts/deps build
 	$(GOBUILD) -o bin/ ./cmd/gantryd ./cmd/containerd-shim-runc-v2
@@ -25,6 +25,9 @@ test: all ## install what the tests need and run them all
 
 kubelet: ## the kubelet of Kubernetes on gantryd; builds it first, which takes minutes
 	GANTRY_KUBELET=$(or $(GANTRY_KUBELET),1) go test -count=1 -v -timeout 90m ./test/kubelet
+
+docker: ## Docker and BuildKit on gantryd; GANTRY_DOCKER is a directory with dockerd, docker, docker-init, buildkitd and buildctl
+	GANTRY_DOCKER='$(GANTRY_DOCKER)' go test -count=1 -v -timeout 30m ./test/docker
 
 vm: ## the CRI's suite in a virtual machine with cgroup v2 and AppArmor; GANTRY_VM=all runs all of it (hours)
 	@scripts/deps vm

@@ -83,8 +83,9 @@ func boot(t *testing.T, bin string, names []string, maySkip bool) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	// The suite ends by itself, so that its end is shown; what runs at the same
-	// time would only be slower, up to the daemon's own deadlines.
-	job := fmt.Sprintf("export GANTRY_BIN=/data/bin GANTRY_SLOW=10\ncd /data/t && /data/bin/cri.test -test.v -test.parallel 1 -test.timeout %v -test.run '^(%s)$' 2>&1 | tee /data/out/log\nexit ${PIPESTATUS[0]}\n",
+	// time would only be slower, up to the daemon's own deadlines. Ten kills take
+	// as long here as a hundred do on the host.
+	job := fmt.Sprintf("export GANTRY_BIN=/data/bin GANTRY_SLOW=10 GANTRY_KILLS=10\ncd /data/t && /data/bin/cri.test -test.v -test.parallel 1 -test.timeout %v -test.run '^(%s)$' 2>&1 | tee /data/out/log\nexit ${PIPESTATUS[0]}\n",
 		within-time.Minute, strings.Join(names, "|"))
 	if err := os.WriteFile(dir+"/job", []byte(job), 0o755); err != nil {
 		t.Fatal(err)
