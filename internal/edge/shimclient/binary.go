@@ -23,6 +23,7 @@ import (
 	"github.com/gantryd/gantry/core/task"
 	"github.com/gantryd/gantry/core/typed"
 	"github.com/gantryd/gantry/internal/edge/wire"
+	"github.com/gantryd/gantry/internal/lib/unixsock"
 )
 
 // resolve returns the path of a runtime's shim. name is io.containerd.x.y, for
@@ -338,23 +339,10 @@ func (m *Manager) socketDirs() []string {
 	return dirs
 }
 
-// removeSocket removes a shim's socket that nobody listens at any more.
-func removeSocket(ctx context.Context, address string) {
-	network, path, err := splitAddress(address)
-	if err != nil || network != "unix" || path[0] != '/' {
-		return
-	}
-	if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	c, err := dial(ctx, address)
-	if err == nil {
-		c.Close()
-		return
-	}
-	if errors.Is(err, unix.ECONNREFUSED) {
-		os.Remove(path) // a socket that stays is untidy, not wrong
+// removeSocket removes a shim's socket that nobody listens at any more. One that
+// stays is untidy, not wrong.
+func removeSocket(address string) {
+	if network, path, err := splitAddress(address); err == nil && network == "unix" && path[0] == '/' {
+		unixsock.RemoveDead(path, 0)
 	}
 }

@@ -418,7 +418,7 @@ func (t *entry) clear(ctx context.Context, remember bool) {
 	l := t.getLink()
 	if l != nil && l.leave(t) {
 		if closed(l.dead) {
-			removeSocket(ctx, l.addr.Address)
+			removeSocket(l.addr.Address)
 			l.close()
 		} else {
 			l.stop(ctx, t.key)

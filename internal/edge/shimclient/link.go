@@ -631,7 +631,7 @@ func (l *link) stop(ctx context.Context, k key) {
 			l.awaitEnd(ctx)
 		}
 	}
-	removeSocket(ctx, l.addr.Address)
+	removeSocket(l.addr.Address)
 }
 
 // purge kills and deletes a task that nobody is to have, and returns its exit:

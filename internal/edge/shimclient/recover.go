@@ -225,7 +225,7 @@ func (t *entry) examineShim(ctx context.Context) (reconcile.Shim, reconcile.Know
 		l, err = m.join(ctx, e, t, t.bundle.shim() == "", 0)
 		if err != nil {
 			if nobodyListens(err) {
-				removeSocket(ctx, e.Address)
+				removeSocket(e.Address)
 				return reconcile.ShimDead, reconcile.Unsure
 			}
 			m.log.Warn("recover task", "namespace", t.key.ns, "id", t.key.id, "error", err)

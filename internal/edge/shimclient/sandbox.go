@@ -214,7 +214,7 @@ func (p *pod) letGo(ctx context.Context) {
 		return
 	}
 	if closed(l.dead) {
-		removeSocket(ctx, l.addr.Address)
+		removeSocket(l.addr.Address)
 		l.close()
 	} else {
 		l.stop(ctx, p.key)
@@ -690,7 +690,7 @@ func (p *pod) adopt(ctx context.Context) (alive bool, err error) {
 	if l == nil {
 		if l, err = p.m.join(ctx, e, p, false, 0); err != nil {
 			if nobodyListens(err) {
-				removeSocket(ctx, e.Address)
+				removeSocket(e.Address)
 				return false, nil
 			}
 			return false, err

@@ -294,7 +294,7 @@ func (t *entry) abandon(ctx context.Context, answer chan error, shim string) err
 	if l.leave(t) {
 		if closed(l.dead) {
 			l.close()
-			removeSocket(ctx, l.addr.Address)
+			removeSocket(l.addr.Address)
 		} else {
 			l.stop(ctx, t.key)
 		}
@@ -330,7 +330,7 @@ func (m *Manager) endStray(ctx context.Context, u user, shim string) {
 		}
 		l, err := m.join(ctx, e, u, false, 0)
 		if err != nil {
-			removeSocket(ctx, address)
+			removeSocket(address)
 			continue
 		}
 		if l.probe(ctx, k) == nil {

@@ -37,6 +37,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/gantryd/gantry/internal/lib/reaper"
+	"github.com/gantryd/gantry/internal/lib/unixsock"
 	"github.com/gantryd/gantry/internal/shim/command"
 	"github.com/gantryd/gantry/internal/shim/driver"
 	"github.com/gantryd/gantry/internal/shim/libct"
@@ -288,7 +289,7 @@ func makeSocketDir(dir string) error {
 // listen returns a new socket, or none if a shim listens there already. A
 // socket that nobody listens on is replaced.
 func listen(path string) (*net.UnixListener, error) {
-	unlock, err := lockFile(filepath.Join(filepath.Dir(path), ".lock"))
+	unlock, err := unixsock.Lock(filepath.Dir(path), lockTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -319,25 +320,6 @@ func listen(path string) (*net.UnixListener, error) {
 		}
 	}
 	return nil, fmt.Errorf("socket %s: %w", path, unix.EADDRINUSE)
-}
-
-func lockFile(path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	deadline := time.Now().Add(lockTimeout)
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(deadline) {
-			f.Close()
-			return nil, &os.PathError{Op: "flock", Path: path, Err: err}
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
 }
 
 // start makes sure that a shim serves the container and says where.
@@ -548,32 +530,15 @@ func remove(a Args, stdout io.Writer, log *slog.Logger) error {
 	return err
 }
 
-// removeSocket removes the socket of a shim that does not listen any more. The
-// threads of one that was just killed may keep it open for a moment: then the
-// connection ends, which that of a shim that lives does not.
+// removeSocket removes the socket of the shim that served the bundle, if it does
+// not any more.
 func removeSocket(bundle string) {
 	b, err := os.ReadFile(filepath.Join(bundle, "address"))
 	if err != nil {
 		return
 	}
-	path, ok := strings.CutPrefix(string(b), "unix://")
-	if !ok || !filepath.IsAbs(path) {
-		return
-	}
-	for range 10 {
-		conn, err := net.DialTimeout("unix", path, dialTimeout)
-		if err != nil {
-			if errors.Is(err, unix.ECONNREFUSED) {
-				os.Remove(path)
-			}
-			return
-		}
-		_ = conn.SetReadDeadline(time.Now().Add(dyingTime))
-		_, err = conn.Read(make([]byte, 1))
-		conn.Close()
-		if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-			return
-		}
+	if path, ok := strings.CutPrefix(string(b), "unix://"); ok && filepath.IsAbs(path) {
+		unixsock.RemoveDead(path, dyingTime)
 	}
 }
 
