@@ -265,11 +265,15 @@ func Run(t testing.TB, bin, extra string) *Node {
 		if t.Failed() {
 			t.Logf("the end of the daemon's log:\n%s", n.Log(8<<10))
 		}
+		said := t.Failed()
 		n.Clear(t)
 		if err := n.Stop(); err != nil {
 			t.Errorf("%v\n%s", err, n.Log(2<<10))
 		}
 		n.CheckClean(t)
+		if t.Failed() && !said {
+			t.Logf("the daemon's log:\n%s", n.Log(1<<20))
+		}
 		if err := n.Close(); err != nil {
 			t.Error(err)
 		}
