@@ -492,6 +492,11 @@ func (d *daemon) seed(id namespace.ID) {
 			d.t.Fatalf("seed: %v", err)
 		}
 	}
+	// Owners come first: what nobody owns may be collected at any time.
+	img := image.Image{Name: "x"}
+	img.Target.Digest, img.Target.Size, img.Target.MediaType = hello, 5, "m"
+	_, err := imagerpc.NewClient(d.conn, id, "").Create(ctx, img)
+	check(err)
 	w, err := contentrpc.NewClient(d.conn, id, "").Writer(ctx, "seed", content.WriterOptions{Expected: hello})
 	if check(err); err == nil {
 		_, err := w.Write([]byte("hello"))
@@ -503,13 +508,9 @@ func (d *daemon) seed(id namespace.ID) {
 	if check(err); err == nil {
 		w.Close()
 	}
-	img := image.Image{Name: "x"}
-	img.Target.Digest, img.Target.Size, img.Target.MediaType = hello, 5, "m"
-	_, err = imagerpc.NewClient(d.conn, id, "").Create(ctx, img)
+	_, err = containerrpc.NewClient(d.conn, id, "").Create(ctx, container.Container{ID: "x", Runtime: container.Runtime{Name: runc}, Snapshotter: "overlayfs", SnapshotKey: "x"})
 	check(err)
 	_, err = snapshotrpc.NewClient(d.conn, id, "", "overlayfs").Prepare(ctx, "x", "", nil)
-	check(err)
-	_, err = containerrpc.NewClient(d.conn, id, "").Create(ctx, container.Container{ID: "x", Runtime: container.Runtime{Name: runc}, Snapshotter: "overlayfs", SnapshotKey: "x"})
 	check(err)
 	_, err = sandboxrpc.NewClient(d.conn, id, "").Create(ctx, sandbox.Sandbox{ID: "x"})
 	check(err)
